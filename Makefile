@@ -1,0 +1,30 @@
+PYTHON ?= python3
+.PHONY: help test lint bed test-bed demo demo-proxy bench clean
+
+help:        ## list these targets
+	@sed -nE 's/^([a-z-]+): .*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
+
+test:        ## run the tests; what needs a service that is not there is skipped
+	$(PYTHON) test_c2.py
+
+test-bed: bed  ## run the tests beside real services (Debian, root)
+	.ci/bed.sh run $(MAKE) test
+
+bed:         ## install these services, and the linters
+	.ci/bed.sh install
+
+lint:        ## check style and the Python 3.6 floor (needs make bed)
+	.ci/bed.sh tools ruff check
+	.ci/bed.sh tools vermin -t=3.6- --violations --no-tips c2.py test_c2.py
+
+demo:        ## deploy, break and roll back without a proxy
+	examples/demo.sh
+
+demo-proxy:  ## switch an endpoint between two releases under load
+	examples/demo-proxy.sh
+
+bench:       ## measure c2 against the bare tools, as ratios
+	$(PYTHON) .ci/bench.py
+
+clean:       ## remove what was made here
+	rm -rf .ci/cache __pycache__ examples/__pycache__ .ci/__pycache__

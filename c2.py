@@ -1,0 +1,3457 @@
+#!/usr/bin/env python3
+"""c2 deploys versioned releases on plain hosts: one file, Python's standard library, no dependencies.
+
+`c2 start RELEASE` fetches a zip archive from a store, expands its mustache templates and runs its prestart,
+stop and start commands. In proxy mode several deploys run side by side behind an nginx that c2 manages, and
+`c2 connect ENDPOINT DEPLOY` switches traffic between them without a reload. `c2 help` is the manual.
+
+The file reads bottom-up: pure parts first (configuration, YAML, mustache, state, derived text), then the
+edges (files, log, programs, stores, the proxy, the executor), then the commands and `main`.
+"""
+import contextlib
+import json
+import os
+import re
+import signal
+import sys
+import time
+from typing import Any, Callable, Dict, List, NamedTuple, Optional
+
+VERSION = "0.1.0"
+
+# ----------------------------------------------------------------------------------------------------------
+# Constants and errors
+# ----------------------------------------------------------------------------------------------------------
+
+LABEL = r"[A-Za-z0-9][A-Za-z0-9._+-]*"
+RESERVED_LABELS = ("current", "frontend-proxy")
+HINT_AFTER_SECS = 10         # a start command that runs longer than this is probably not meant to
+END_GRACE_SECS = 12          # between SIGTERM and SIGKILL; docker compose itself gives its containers 10
+RELOAD_TIMEOUT_SECS = 10
+ASK_TIMEOUT_SECS = 3
+DOCKER_TIMEOUT_SECS = 600    # `docker compose up` may have to pull an image
+HTTP_TIMEOUT_SECS = 30
+# An upload that nginx still buffers has no connection to the old deploy yet. Where a switch was less than a
+# minute ago, `stop` therefore wants this long a time without any (measured behind docker's port proxy: 0 of
+# 2,449 lost).
+LINGER_SECS, RECENT_SECS = 3, 60
+OUTPUT_LINES = 20            # of a failed command, kept in the log and the message
+UPSTREAMS_MAX = 2000         # a wider port range goes without kept connections to the apps
+
+
+class C2Error(Exception):
+    """What went wrong, where, and what to do next, in one sentence; `code` is the exit code."""
+
+    code = 1
+
+
+class ConfigError(C2Error):
+    """The configuration, or the way c2 was called, is not valid."""
+
+    code = 2
+
+
+class Refused(C2Error):
+    """A rule forbids it: connected, not running, not ready, locked."""
+
+    code = 3
+
+
+class TemplateError(C2Error):
+    """A mustache template is malformed."""
+
+
+class CommandFailed(C2Error):
+    """A program that c2 ran gave a non-zero exit code; `exit` is it, `output` its last lines."""
+
+    def __init__(self, message: str, exit: int = 0, output: str = "") -> None:
+        super().__init__(message)
+        self.exit, self.output = exit, output
+
+
+class Missing(C2Error):
+    """What a store was asked for is not there."""
+
+
+class Interrupted(BaseException):
+    """SIGINT, SIGTERM or SIGHUP arrived; not an Exception, so that only undoing code and `main` catch it."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
+def nearest(name: str, known: List[str]) -> str:
+    """The sentence part that suggests the known name which `name` was probably meant to be; "" without
+    one."""
+    import difflib
+    found = difflib.get_close_matches(name.lower(), [k.lower() for k in known], 1, 0.6)
+    return next((f"; did you mean {k}?" for k in known if found and k.lower() == found[0]), "")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Configuration: a decoder takes a value and where it stands, and gives the decoded value or raises
+# ConfigError
+# ----------------------------------------------------------------------------------------------------------
+
+class At(NamedTuple):
+    """Where a value stands in its document: `path` for messages, `base` for relative file names ("": none
+    allowed)."""
+
+    path: str
+    base: str
+    warn: Callable[[str], None]
+
+    def key(self, name: Any) -> "At":
+        return self._replace(path=f"{self.path}.{name}" if self.path else str(name))
+
+    def error(self, value: Any, allowed: str) -> ConfigError:
+        shown = json.dumps(value, ensure_ascii=False, default=str)
+        shown = shown if len(shown) <= 60 else shown[:57] + "..."
+        return ConfigError(f"{self.path or 'the document'}: found {shown}, expected {allowed}")
+
+
+class Choice(NamedTuple):
+    """One case of a union."""
+
+    name: str
+    value: Any = None
+
+
+# Spellings that older configurations use.
+ALIASES = {"releasesDir": "deploysDir", "S3": "s3"}
+
+
+def text(value: Any, at: At) -> str:
+    if not isinstance(value, str):
+        raise at.error(value, "a string" + (" (put it in quotes)" if isinstance(value, (int, float)) else ""))
+    if re.search(r"[\x00-\x1f\x7f]", value):
+        raise at.error(value, "a string without control characters")
+    return value
+
+
+def script(value: Any, at: At) -> str:
+    if not isinstance(value, str) or "\0" in value:
+        raise at.error(value, "a string with shell commands")
+    return value
+
+
+def matching(pattern: str, allowed: str) -> Callable:
+    def decode(value: Any, at: At) -> str:
+        if not re.fullmatch(pattern, text(value, at)):
+            raise at.error(value, allowed)
+        return value
+    return decode
+
+
+label = matching(LABEL, "a label: letters, digits and . _ + -, beginning with a letter or digit")
+release_name = matching(r"[^/.\s-][^/\s]*", "a file name without / and spaces, not beginning with . or -")
+source_name = matching(r"[A-Za-z0-9_][A-Za-z0-9_-]*", "a name of letters, digits, _ and -")
+server_name = matching(r"_|(\*\.|\.)?[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?(\.\*)?", "a host name")
+docker_name = matching(r"[A-Za-z0-9][A-Za-z0-9_.-]*", "a container name: letters, digits and _ . -")
+docker_image = matching(r"[A-Za-z0-9][A-Za-z0-9_./:@-]*", "a docker image")
+s3_url = matching(r"s3://[A-Za-z0-9][A-Za-z0-9._-]+(/.*)?", "s3://BUCKET/PREFIX")
+http_url = matching(r"https?://[^\s/?#]+\S*", "an http:// or https:// address")
+url_path = matching(r"/[A-Za-z0-9._~!*+,=:@%/?&-]*", "a path such as /health-check")
+
+
+def file_path(value: Any, at: At) -> str:
+    if not text(value, at):
+        raise at.error(value, "a path")
+    if not os.path.isabs(value) and not at.base:
+        raise at.error(value, "an absolute path")
+    return os.path.normpath(os.path.join(at.base, value))
+
+
+def number(low: float, high: float, kind: Any = int) -> Callable:
+    def decode(value: Any, at: At) -> float:
+        if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
+            raise at.error(value, f"a number from {low} to {high}")
+        return value
+    return decode
+
+
+port_number = number(1, 65535)
+seconds = number(0, 86400, (int, float))
+
+
+def optional(decoder: Callable) -> Callable:
+    def decode(value: Any, at: At) -> Any:
+        if value is None or value == "nothing":
+            return None
+        if isinstance(value, dict) and list(value) == ["just"]:
+            return decoder(value["just"], at.key("just"))
+        return decoder(value, at)
+    return decode
+
+
+def listing(decoder: Callable, least: int = 0) -> Callable:
+    def decode(value: Any, at: At) -> list:
+        if not isinstance(value, list) or len(value) < least:
+            raise at.error(value, "a list" + (f" with at least {least} element" if least else ""))
+        return [decoder(item, at.key(i)) for i, item in enumerate(value)]
+    return decode
+
+
+def mapping(key: Callable, decoder: Callable) -> Callable:
+    def decode(value: Any, at: At) -> dict:
+        if not isinstance(value, dict):
+            raise at.error(value, "an object")
+        return {key(k, at.key(k)): decoder(v, at.key(k)) for k, v in value.items()}
+    return decode
+
+
+def union(default: Optional[str] = None, **cases: Optional[Callable]) -> Callable:
+    """Decoder of one of `cases`: NAME, {NAME: null} or {NAME: VALUE}; a case without a decoder takes no
+    value."""
+    def decode(value: Any, at: At) -> Choice:
+        given = default if value is None else value
+        given = {given: None} if isinstance(given, str) else given
+        if not isinstance(given, dict) or len(given) != 1:
+            raise at.error(value, "one of " + ", ".join(cases))
+        (name, inner), = given.items()
+        name = ALIASES.get(name, name)
+        if name not in cases:
+            raise at.error(value, "one of " + ", ".join(cases) + nearest(name, list(cases)))
+        decoder = cases[name]
+        if decoder:
+            return Choice(name, decoder(inner, at.key(name)))
+        if inner not in (None, {}):
+            raise at.error(value, f'"{name}", which takes no value')
+        return Choice(name)
+    return decode
+
+
+def camel(field: str) -> str:
+    return re.sub("_(.)", lambda m: m.group(1).upper(), field)
+
+
+def record(cls: Any, strict: bool = True) -> Callable:
+    """Decoder of an object into the NamedTuple `cls`, whose annotations are the decoders of its fields.
+
+    An unknown key is an error that suggests the nearest; with strict=False it is left to whoever wrote it.
+    """
+    fields = {camel(field): field for field in cls._fields}
+
+    def decode(value: Any, at: At) -> Any:
+        if not isinstance(value, dict):
+            raise at.error(value, "an object")
+        found = {}
+        for key, inner in value.items():
+            field = fields.get(ALIASES.get(key, key))
+            if field in found:
+                raise at.key(key).error(inner, f"this key once, not also as {camel(field)}")
+            if field:
+                found[field] = cls.__annotations__[field](inner, at.key(key))
+            elif key in getattr(cls, "obsolete", ()):
+                at.warn(f"{at.key(key).path} has no effect any more; remove it")
+            elif strict:
+                raise ConfigError(f"{at.key(key).path}: unknown key" + (nearest(key, list(fields))
+                                  or f"; known here: {', '.join(fields)}"))
+        for name, field in fields.items():
+            if field not in found and field not in cls._field_defaults:
+                raise ConfigError(f"{at.key(name).path}: required, but not there")
+        return cls(**found)
+    return decode
+
+
+class PortRange(NamedTuple):
+    v1: port_number
+    v2: number(2, 65536)
+
+
+def port_range(value: Any, at: At) -> PortRange:
+    if isinstance(value, list) and len(value) == 2:
+        value = {"v1": value[0], "v2": value[1]}
+    found = record(PortRange)(value, at)
+    if found.v1 >= found.v2:
+        raise at.error(value, "v1 below v2: the ports are v1 <= port < v2")
+    return found
+
+
+class SslCert(NamedTuple):
+    ssl_certificate: file_path
+    ssl_certificate_key: file_path
+
+
+ssl_mode = union("generated", generated=None, explicit=record(SslCert))
+json_source = union(file=file_path, s3=s3_url, awsSecretArn=text, http=http_url)
+
+
+class EndPoint(NamedTuple):
+    server_names: listing(server_name, least=1)
+    etype: union(httpOnly=None, httpsWithRedirect=ssl_mode)
+    obsolete = ("label",)
+
+    @property
+    def certificate(self) -> Optional[Choice]:
+        """Choice "generated" or "explicit" of an https endpoint, None for a plain one."""
+        return self.etype.value
+
+
+class HealthCheck(NamedTuple):
+    incoming_path: url_path = "/health-check"
+    outgoing_path: url_path = "/"
+    endpoint: optional(label) = None
+
+
+class ProxyMode(NamedTuple):
+    end_points: mapping(label, record(EndPoint))
+    remote_state_s3: optional(s3_url) = None
+    dynamic_port_range: port_range = PortRange(8000, 8100)
+    slave_label: union(ec2InstanceId=None, label=label) = Choice("ec2InstanceId")
+    slave_interface_name: text = "eth0"
+    nginx_conf_template_path: optional(file_path) = None
+    http_port: port_number = 80
+    https_port: port_number = 443
+    ready_path: optional(url_path) = None
+    ready_timeout_secs: seconds = 10
+    drain_timeout_secs: seconds = 30
+    container_name: docker_name = "frontendproxy"
+
+
+class Config(NamedTuple):
+    releases: union(localdir=file_path, s3=s3_url, http=http_url)
+    deploys_dir: file_path = "/opt/deploys"
+    context_cache: file_path = "/opt/config"
+    log_file: file_path = "/opt/var/log/camus2.log"
+    config_sources: mapping(source_name, json_source) = {}
+    deploy_mode: union(noproxy=None, proxy=record(ProxyMode)) = Choice("noproxy")
+    health_check: optional(record(HealthCheck)) = HealthCheck()
+    nginx_docker_image: docker_image = "nginx"
+    nginx_docker_version: docker_image = "latest"
+    letsencrypt_prefix_dir: file_path = "/opt"
+    letsencrypt_www_dir: file_path = "/opt/var/www"
+    auto_cert_name: label = "camus2cert"
+    auto_cert_contact_email: text = ""
+    certbot_docker_image: docker_image = "certbot/certbot"
+    certbot_docker_version: docker_image = "latest"
+    acme_server: optional(http_url) = None
+    command_timeout_secs: optional(seconds) = None
+
+    @property
+    def proxy(self) -> Optional[ProxyMode]:
+        return self.deploy_mode.value
+
+    @property
+    def end_points(self) -> Dict[str, EndPoint]:
+        return self.proxy.end_points if self.proxy else {}
+
+    @property
+    def remote(self) -> Optional[str]:
+        return self.proxy.remote_state_s3 if self.proxy else None
+
+    def path(self, *parts: str) -> str:
+        return os.path.join(self.deploys_dir, *parts)
+
+    def proxy_path(self, *parts: str) -> str:
+        return self.path("frontend-proxy", *parts)
+
+
+class Release(NamedTuple):
+    """release.json: what a release says of itself."""
+
+    prestart_command: script = ""
+    start_command: script = ""
+    stop_command: script = ""
+    templates: listing(text) = []
+    config_sources: mapping(source_name, text) = {}
+
+
+def parse_json(source: str, what: str) -> Any:
+    """The value of a JSON document; a duplicate key, NaN, or anything else that JSON has not is a
+    ConfigError."""
+    def once(pairs: list) -> dict:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ConfigError(f"{what}: the key {twice} stands there twice")
+        return found
+
+    def constant(name: str) -> None:
+        raise ConfigError(f"{what}: {name} is not JSON")
+    try:
+        return json.loads(source, object_pairs_hook=once, parse_constant=constant)
+    except RecursionError:
+        raise ConfigError(f"{what}: nested too deeply") from None
+    except ValueError as e:
+        raise ConfigError(f"{what}: not valid JSON: {e}") from None
+
+
+def decode_config(value: Any, base: str, warn: Callable[[str], None]) -> Config:
+    """The configuration in a decoded JSON or YAML document.
+
+    base: directory that relative paths start from; warn: called with a sentence about what is only doubtful.
+    Raises ConfigError with the path of what is wrong.
+    """
+    config = record(Config)(value, At("", base, warn))
+    if not config.proxy:
+        return config
+    mode, at = config.proxy, At("deployMode.proxy", base, warn)
+    taken = {}
+    for name, end_point in mode.end_points.items():
+        if end_point.certificate and end_point.certificate.name == "generated" and mode.remote_state_s3:
+            raise ConfigError(f"{at.path}.endPoints.{name}.etype: a generated certificate needs local state, "
+                              "but remoteStateS3 is set; end TLS at the load balancer, or give one")
+        for host in end_point.server_names:
+            if taken.setdefault(host.lower(), name) != name:
+                raise ConfigError(f"{at.path}.endPoints.{name}.serverNames: {host} is already one of "
+                                  f"{taken[host.lower()]}")
+    health = config.health_check
+    if health and health.endpoint and health.endpoint not in mode.end_points:
+        raise ConfigError(f"healthCheck.endpoint: {health.endpoint} is not an endpoint; those of "
+                          f"{at.path}.endPoints are {', '.join(sorted(mode.end_points))}")
+    for key, port in (("httpPort", mode.http_port), ("httpsPort", mode.https_port)):
+        if mode.dynamic_port_range.v1 <= port < mode.dynamic_port_range.v2:
+            raise ConfigError(f"{at.path}.{key}: {port} lies in dynamicPortRange, which is for deploys")
+    if mode.http_port == mode.https_port:
+        raise ConfigError(f"{at.path}.httpsPort: {mode.https_port} is the httpPort already")
+    return config
+
+
+
+
+# ----------------------------------------------------------------------------------------------------------
+# YAML: the subset that configurations use, read exactly or refused
+# ----------------------------------------------------------------------------------------------------------
+
+_YAML_DEPTH = 100
+_YAML_WORDS = {'true': True, 'True': True, 'TRUE': True, 'false': False, 'False': False, 'FALSE': False,
+               'null': None, 'Null': None, 'NULL': None, '~': None}
+# Plain scalars that are no text: numbers to YAML 1.1 and 1.2 alike, then those that differ. The digits are
+# counted because newer Pythons refuse to convert very long integers, and floats lose them.
+_YAML_SCALAR = re.compile(r'''
+    (?P<int> [-+]?(?:0|[1-9][0-9]{0,300}) | 0x[0-9a-fA-F]{1,300} )
+    | (?P<float> (?:[-+]?[0-9]{1,300}\.[0-9]{0,300} | \.[0-9]{1,300}) (?:[eE][-+][0-9]{1,9})? )
+    | (?P<special> [-+]?\.(?:inf|Inf|INF) | \.(?:nan|NaN|NAN) )
+    | (?P<differs> y|Y|yes|Yes|YES|n|N|no|No|NO|on|On|ON|off|Off|OFF | = | <<
+        | [-+]?0[box][0-9a-fA-F_]+
+        | [-+]? (?:[0-9][0-9_]*(?:\.[0-9_]*)? | \.[0-9_]+) (?:[eE][-+]?[0-9]+)?     # 010, 1_000, 1e3, -.5
+        | [-+]?[0-9][0-9_]*(?::[0-5]?[0-9])+(?:\.[0-9_]*)?                          # 12:30 is 750 in base 60
+        | [0-9]{4}-[0-9]{1,2}-[0-9]{1,2} (?:(?:[Tt]|[ ]+)[0-9]{1,2}:.*)? )          # dates and times
+    ''', re.VERBOSE | re.DOTALL)
+_YAML_ESCAPES = {'0': '\0', 'a': '\a', 'b': '\b', 't': '\t', '\t': '\t', 'n': '\n', 'v': '\v', 'f': '\f',
+                 'r': '\r', 'e': '\x1b', ' ': ' ', '"': '"', '/': '/', '\\': '\\', 'N': '\x85', '_': '\xa0',
+                 'L': '\u2028', 'P': '\u2029'}
+_YAML_UNSUPPORTED = {'&': 'anchors', '*': 'aliases', '!': 'tags', '>': '`>` blocks', '?': '`? ` keys'}
+
+# Control characters, a second byte order mark, and the line breaks that only YAML 1.1 knows.
+_YAML_FORBIDDEN = re.compile('[^\t\n -~\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd'
+                             '\U00010000-\U0010ffff]')
+_YAML_MARKER = re.compile(r'^(?:---|\.\.\.)(?=[ \t\n\0])', re.MULTILINE)
+_YAML_SPACE = re.compile(r'(?:[ \n]+|(?<=[ \n])#[^\n\0]*)*')
+_YAML_GAP = re.compile(r'\n[ \n]*')
+_YAML_LINE = re.compile(r'[^\n\0]*')
+_YAML_DASH = re.compile(r'-(?=[ \t\n\0])')
+_YAML_LITERAL = re.compile(r'\|(?:([-+])?([1-9])?|([1-9])([-+]))(?: +#[^\n\0]*| *)(?:\n|(?=\0))')
+# By quote: a whole quoted scalar, and what inside it does not stand for itself.
+_YAML_QUOTED = {
+    '"': (re.compile(r'"([^"\\]*(?:\\.[^"\\]*)*)"', re.DOTALL),
+          re.compile(r'\\(?:x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|\n[ \t\n]*|.)|[ \t\n]+',
+                     re.DOTALL)),
+    "'": (re.compile(r"'([^']*(?:''[^']*)*)'(?!')"), re.compile(r"''|[ \t\n]+"))}
+# How a plain scalar may start, and what ends a line of it: in block collections, and between brackets.
+_YAML_BLOCK = (re.compile(r'''[^ \t\n\0,\[\]{}#&*!|>'"%@`?:-]|[?:-](?=[^ \t\n\0])'''),
+               re.compile(r'[\n\t\0]| #|:(?=[ \t\n\0])'))
+_YAML_FLOW = (re.compile(r'''[^ \t\n\0,\[\]{}#&*!|>'"%@`?:-]|-(?=[^ \t\n\0,?\[\]{}])'''),
+              re.compile(r'[\n\t\0,?\[\]{}]| #|:(?=[ \t\n\0,\]}])'))
+
+
+def parse_yaml(text):
+    """The value of a YAML document: dict, list, str, int, float, bool, or None for an empty one.
+
+    What it reads, PyYAML's safe_load and YAML 1.2 parsers (core schema) read the same. What they read unlike
+    each other, and what configurations do without (anchors, tags, `>` blocks, `? ` keys, keys that are no
+    texts, several documents), raises ConfigError with line, column and remedy. Source: yaml.org/spec/1.2.2.
+    """
+    return _Yaml(text).document()
+
+
+def _fold(gap):
+    """White space in a scalar, folded: one line break is a space, n of them are n - 1 line breaks."""
+    breaks = gap.count('\n')
+    return gap if not breaks else '\n' * (breaks - 1) or ' '
+
+
+class _Yaml:
+    """A cursor over one document. `n` is always the column of the enclosing block collection, -1 outside."""
+
+    def __init__(self, text):
+        # The line break in front makes all lines start alike, counted from 1; the \0 ends every search.
+        self.text = '\n' + text[text.startswith('\ufeff'):].replace('\r\n', '\n') + '\0'
+        self.pos = self.depth = 0
+        self.line = self.first = 0          # where the current line starts, and the first thing on it
+
+    def fail(self, what, pos=None):
+        pos = self.pos if pos is None else pos
+        line, column = self.text.count('\n', 0, pos), pos - self.text.rfind('\n', 0, pos)
+        raise ConfigError(f'line {line}, column {column}: {what}')
+
+    def document(self):
+        bad = _YAML_FORBIDDEN.search(self.text, 0, len(self.text) - 1)
+        if bad:
+            self.fail(f'character {bad.group()!a} is refused; use an escape in double quotes', bad.start())
+        self.skip()
+        if self.text[self.pos] == '%':
+            self.fail('directives are not supported; remove the line')
+        if self.text[self.pos] == '-' and _YAML_MARKER.match(self.text, self.pos):
+            self.pos += 3
+        marker = _YAML_MARKER.search(self.text, self.pos)
+        if marker:
+            self.fail(f'`{marker.group()}` ends the document; keep one, without this line', marker.start())
+        value = self.child(-1, False)
+        self.more(-1)                       # fails unless this is the end
+        return value
+
+    def skip(self):
+        """Move over spaces, comments and line breaks."""
+        start = self.pos
+        if self.text[start] in ' \n#':
+            self.pos = _YAML_SPACE.match(self.text, start).end()
+            line_break = self.text.rfind('\n', start, self.pos)
+            if line_break >= 0:
+                self.line, self.first = line_break + 1, self.pos
+        if self.text[self.pos] == '\t':
+            self.fail('a tab cannot stand here; use spaces, or quote the text')
+
+    def more(self, n):
+        """After a value: whether the collection at column n has another entry."""
+        self.skip()
+        if self.text[self.pos] == '\0':
+            return False
+        if self.pos != self.first:
+            self.fail('text after a value; quote the whole value, or give a nested `key: ` its own line')
+        if self.pos - self.line > n:
+            self.fail('the indentation fits nothing above; align the line, or quote the text it continues')
+        return self.pos - self.line == n
+
+    def nested(self, read, n):
+        self.depth += 1
+        if self.depth > _YAML_DEPTH:
+            self.fail(f'more than {_YAML_DEPTH} levels; make the document flatter')
+        value = read(n)
+        self.depth -= 1
+        return value
+
+    def child(self, n, compact):
+        """What follows a `- ` (compact: a collection may start on the same line) or a `key: `."""
+        self.skip()
+        column, fresh = self.pos - self.line, self.pos == self.first
+        dash = _YAML_DASH.match(self.text, self.pos)
+        if fresh and dash and column == n and not compact:
+            return self.nested(self.sequence, n)        # it may be indented like its key
+        if self.text[self.pos] == '\0' or fresh and column <= n:
+            return None
+        if (fresh or compact) and dash:
+            return self.nested(self.sequence, column)
+        if (fresh or compact) and self.colon():
+            return self.nested(self.mapping, column)
+        return self.node(n, _YAML_BLOCK)
+
+    def sequence(self, n):
+        result = []
+        while True:
+            self.pos += 1
+            result.append(self.child(n, True))
+            if not self.more(n) or not _YAML_DASH.match(self.text, self.pos):
+                return result
+
+    def colon(self):
+        """Where the `: ` is, if a key of a block mapping starts here."""
+        char, end = self.text[self.pos], self.pos
+        if char in '"\'':
+            quoted = _YAML_QUOTED[char][0].match(self.text, self.pos)
+            end = quoted.end() if quoted and '\n' not in quoted.group() else end
+            while self.text[end] == ' ':
+                end += 1
+        elif char not in '[{':
+            end = _YAML_BLOCK[1].search(self.text, end).start()
+        return end if self.text[end] == ':' and self.text[end + 1] in ' \t\n\0' else None
+
+    def mapping(self, n):
+        result = {}
+        while True:
+            start, colon = self.pos, self.colon()
+            if not colon:
+                self.fail('`key: value` expected; add the colon, or quote the text that this line continues')
+            key = self.node(n, _YAML_BLOCK)
+            self.pos = colon
+            self.check_key(result, key, start)
+            result[key] = self.child(n, False)
+            if not self.more(n):
+                return result
+
+    def check_key(self, mapping, key, start):
+        """Of the key that starts there and ends at the cursor, which is moved over the colon."""
+        if not isinstance(key, str):
+            self.fail('this key is not a text; quote it', start)
+        if key in mapping:
+            self.fail(f'the key {key[:40]!r} stands here twice; remove one', start)
+        if self.pos - start > 1024 or '\n' in self.text[start:self.pos]:
+            self.fail('a key has at most 1024 characters, on one line; shorten it', start)
+        self.pos += 1
+
+    def node(self, n, style):
+        char = self.text[self.pos]
+        if char in '[{':
+            return self.nested(self.flow, n)
+        if char in '"\'':
+            return self.quoted(n)
+        if char == '|' and n >= 0 and style is _YAML_BLOCK:
+            return self.literal(n)
+        return self.plain(n, style)
+
+    def flow(self, n):
+        opening = self.pos
+        result, closing = ([], ']') if self.text[opening] == '[' else ({}, '}')
+        self.pos += 1
+        while self.flow_char(n, opening) != closing:
+            start, item = self.pos, self.node(n, _YAML_FLOW)
+            char = self.flow_char(n, opening)
+            if closing == ']':
+                result.append(item)
+            elif char == ':':
+                self.check_key(result, item, start)
+                result[item] = None if self.flow_char(n, opening) in ',}' else self.node(n, _YAML_FLOW)
+                char = self.flow_char(n, opening)
+            else:
+                self.fail('`key: value` expected between { and }; write it so, or quote the whole text')
+            if char == ',':
+                self.pos += 1
+            elif char != closing:
+                self.fail(f'`,` or `{closing}` expected; add it, or quote the text')
+        self.pos += 1
+        return result
+
+    def flow_char(self, n, opening):
+        """The next character between brackets. Lines are indented more than n, closing brackets aside."""
+        self.skip()
+        char = self.text[self.pos]
+        if char == '\0':
+            self.fail(f'`{self.text[opening]}` is never closed; close it, or quote the text', opening)
+        if self.pos == self.first and self.pos - self.line <= n and char not in ']}':
+            self.fail('too little indentation between brackets; indent the line more than the key')
+        return char
+
+    def plain(self, n, style):
+        start, parts, gap = self.pos, [], ''
+        if not style[0].match(self.text, start):
+            char = self.text[start]
+            if char in _YAML_UNSUPPORTED:
+                self.fail(f'{_YAML_UNSUPPORTED[char]} are not supported; write the value out, or quote it')
+            self.fail(f'`{char}` cannot start a value here; quote the value, or move it to a line of its own')
+        while True:
+            end = style[1].search(self.text, self.pos).start()
+            if end == self.pos:
+                break
+            parts += gap, self.text[self.pos:end].rstrip(' ')
+            self.pos = end
+            if self.text[end] != '\n':
+                break
+            gap = _YAML_GAP.match(self.text, end).group()
+            end += len(gap)
+            if len(gap) - gap.rindex('\n') - 1 <= n or self.text[end] in '#\t\0':
+                break
+            self.pos, gap = end, _fold(gap)
+        return self.resolve(''.join(parts), start)
+
+    def resolve(self, text, start):
+        """The value of a plain scalar."""
+        if text in _YAML_WORDS:
+            return _YAML_WORDS[text]
+        match = _YAML_SCALAR.fullmatch(text)
+        kind = match and match.lastgroup
+        if kind == 'differs':
+            self.fail(f'YAML 1.1 and 1.2 differ on `{text[:40]}`; quote it, or write it another way', start)
+        if kind == 'int':
+            return int(text, 0)
+        return text if not kind else float(text if kind == 'float' else text.replace('.', ''))
+
+    def quoted(self, n):
+        start, quote = self.pos, self.text[self.pos]
+        whole, special = _YAML_QUOTED[quote]
+        match = whole.match(self.text, start)
+        if not match:
+            self.fail(f'the closing {quote} is missing; add it')
+        little = n >= 0 and re.compile(r'\n {0,%d}[^ \n]' % n).search(self.text, start, match.end())
+        if little:
+            self.fail('too little indentation in quotes; indent the line more than the key', little.end() - 1)
+        self.pos = match.end()
+        return special.sub(lambda part: self.unescape(part.group(), start + 1 + part.start()), match.group(1))
+
+    def unescape(self, found, pos):
+        if found == "''":
+            return "'"
+        if found[0] != '\\':
+            return _fold(found)
+        if found[1] == '\n':
+            return '\n' * (found.count('\n') - 1)
+        if len(found) == 2 and found[1] in _YAML_ESCAPES:
+            return _YAML_ESCAPES[found[1]]
+        code = int(found[2:] or '-1', 16)
+        if not 0 <= code <= 0x10ffff or 0xd800 <= code <= 0xdfff:
+            self.fail(f'unknown escape `{found}`; a backslash is `\\\\`, a character `\\U0001F600`', pos)
+        return chr(code)
+
+    def literal(self, n):
+        """A `|` block: its text as it stands, less the indentation of the first line."""
+        header = _YAML_LITERAL.match(self.text, self.pos)
+        if not header:
+            self.fail('this `|` line is malformed; write only `|`, `|-` or `|+`, or quote the text')
+        chomp, digit = header.group(1) or header.group(4), header.group(2) or header.group(3)
+        indent, widest, lines, self.pos = digit and n + int(digit), 0, [], header.end()
+        while self.text[self.pos] != '\0':
+            line = _YAML_LINE.match(self.text, self.pos).group()
+            width = len(line) - len(line.lstrip(' '))
+            if width < len(line):
+                indent = indent or max(width, n + 1)
+                if width < indent:
+                    break
+                if widest > indent:
+                    self.fail('a blank line above has more spaces than this first line; remove them')
+            elif not indent:
+                widest = max(widest, width)
+            lines.append(line[indent or width:] + '\n')
+            self.pos += len(line)
+            self.pos += self.text[self.pos] == '\n'
+        if self.text[self.pos - 1] == '\n':
+            self.pos -= 1                               # so that the next line is seen to be a new one
+        elif chomp != '-':
+            self.fail('parsers differ on a `|` block at the end of a file; end the file with a line break')
+        text = ''.join(lines)
+        if chomp == '+':
+            return text
+        text = text.rstrip('\n')
+        return text + '\n' if text and not chomp else text
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Templates: mustache
+# ----------------------------------------------------------------------------------------------------------
+
+# Only a mistake exceeds these, as a partial that includes itself. A step counts as 16 characters of output.
+_TEMPLATE_MAX_DEPTH = 200
+_TEMPLATE_MAX_SIZE = 64 << 20
+
+_SIGIL = re.compile(r"\s*([#^/>!&{=<$]?)")
+_REST_OF_LINE = re.compile(r"[ \t]*(?:\r?\n|\Z)")
+
+
+class _Node(NamedTuple):
+    kind: str   # "text", or a tag's sigil: # ^ > & { or "" for an escaped value
+    text: str   # literal text, or the tag's name
+    where: str  # FILE:LINE
+    body: Any   # of # and ^ the nodes inside, of > its indentation
+
+    def __str__(self):
+        return "{{%s%s%s" % (self.kind, self.text, "}}}" if self.kind == "{" else "}}")
+
+
+def render_template(template, context, partials=None, name="template", warn=None):
+    """Render a mustache template, by the core modules of https://github.com/mustache/spec; return the text.
+
+    partials is asked as partials[name] for text; unlike in the specification a missing one is an error.
+    name is what messages call the template. warn(message) is called once for each tag that names nothing,
+    or whose value HTML escaping changed. No message contains a value, which may be a secret.
+    Raises TemplateError.
+    """
+    out, parsed, warned, room = [], {}, set(), _TEMPLATE_MAX_SIZE
+    work = [_each(_parse_template(template, name), [context], None)]  # recursion would overflow
+    while work:
+        node, scope = next(work[-1], (None, None))
+        if not node:
+            work.pop()
+            continue
+        text = ""
+        if node.kind == "text":
+            text = node.text
+        elif node.kind == "#":
+            work.append(_each(node.body, _section_items(node.text, scope), scope))
+        elif node.kind == "^":
+            if not _section_items(node.text, scope):
+                work.append(_each(node.body, scope[:1], scope[1]))  # the same scope again
+        elif node.kind == ">":
+            work.append(_each(_parse_partial(node, partials, parsed), scope[:1], scope[1]))
+        else:
+            text, warning = _interpolate(node, scope)
+            if warn and warning and warning not in warned:
+                warned.add(warning)
+                warn(warning)
+        out.append(text)
+        room -= len(text) + 16
+        if len(work) > _TEMPLATE_MAX_DEPTH:
+            raise TemplateError(f"{node.where}: {node} is nested more than {_TEMPLATE_MAX_DEPTH} deep; "
+                                "look for a partial that includes itself without an end")
+        if room < 0:
+            raise TemplateError(f"{node.where}: the output grows beyond {_TEMPLATE_MAX_SIZE >> 20} MB; "
+                                "look for partials or lists that multiply each other")
+    return "".join(out)
+
+
+def _each(nodes, items, parent):
+    """Yield the nodes, once for each item, with their scope: (item, parent), parent being a scope or None."""
+    for item in items if nodes else ():  # an empty section must not take the time of its list
+        scope = (item, parent)
+        for node in nodes:
+            yield node, scope
+
+
+def _lookup(name, scope):
+    """The value that a name has in a scope; KeyError if it names nothing."""
+    if name == ".":
+        return scope[0]
+    first, *rest = name.split(".")
+    while scope and not (isinstance(scope[0], dict) and first in scope[0]):
+        scope = scope[1]
+    value = scope[0] if scope else {}
+    for key in [first] + rest:  # only the first is sought in outer scopes
+        if not isinstance(value, dict):
+            raise KeyError(key)
+        value = value[key]
+    return value
+
+
+def _section_items(name, scope):
+    """What a section is rendered for: the items of a list, or the value unless it is false."""
+    try:
+        value = _lookup(name, scope)
+    except KeyError:
+        return []
+    # The specification's cases leave open whether 0, "" and {} are false; to camus2's library they are true.
+    if value is None or value is False:
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+def _interpolate(node, scope):
+    """The text of {{name}}, {{{name}}} or {{&name}}, and a warning or None."""
+    try:
+        value = _lookup(node.text, scope)
+        value = "" if value is None else value
+        raw = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    except KeyError:
+        return "", f"{node.where}: {node} names nothing"
+    except (TypeError, ValueError, RecursionError):
+        raise TemplateError(f"{node.where}: {node} has a value that can't be written as JSON") from None
+    text = raw.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")
+    if node.kind or text == raw:
+        return raw, None
+    return text, f"{node.where}: HTML escaping changed {node}; use {node._replace(kind='{')} to keep it"
+
+
+def _parse_partial(node, partials, parsed):
+    """The nodes of the partial that node includes; parsed keeps those of one rendering."""
+    key = (node.text, node.body)
+    if key not in parsed:
+        try:
+            text = ({} if partials is None else partials)[node.text]
+        except KeyError:
+            raise TemplateError(f"{node.where}: {node} names a partial that does not exist; add it") from None
+        # Indented before it is parsed, so that the later lines of a value are not.
+        parsed[key] = _parse_template(re.sub(r"(?m)^(?!\Z)", node.body, text), node.text)
+    return parsed[key]
+
+
+def _parse_template(text, file):
+    """Parse a template to a list of nodes; file is its name in messages."""
+    nodes, opened = [], []  # opened: each open section, and the list that goes on after it
+    left, right, pos, line = "{{", "}}", 0, 1
+    start = text.find(left)
+    while start >= 0:
+        before = text[pos:start]
+        line += before.count("\n")
+        where = f"{file}:{line}"
+        kind, name, end = _read_tag(text, start, left, right, where)
+        indent, rest = before[before.rfind("\n") + 1:], _REST_OF_LINE.match(text, end)
+        # Alone on its line? To look back no further than the tag before keeps this linear.
+        begins = indent != before or pos == 0 or text[pos - 1] == "\n"
+        if kind in tuple("#^/>!=") and begins and rest and not indent.strip(" \t"):
+            before, end = before[:len(before) - len(indent)], rest.end()
+        else:
+            indent = ""
+        node = _Node(kind, name, where, [] if kind in ("#", "^") else indent)
+        if before:
+            nodes.append(_Node("text", before, where, None))
+        if kind in ("#", "^"):
+            nodes.append(node)
+            opened.append((node, nodes))
+            nodes = node.body
+        elif kind == "/":
+            if not opened:
+                raise TemplateError(f"{where}: {node} closes a section, but none is open here")
+            section, nodes = opened.pop()
+            if section.text != name:
+                raise TemplateError(f"{where}: {node} comes while {section} of {section.where} is open; "
+                                    "close that one first")
+        elif kind == "=":
+            left, right = name.split()
+        elif kind != "!":
+            nodes.append(node)
+        line += text.count("\n", start, end)
+        pos, start = end, text.find(left, end)
+    if opened:
+        section = opened[-1][0]
+        raise TemplateError(f"{section.where}: {section} is never closed; add {section._replace(kind='/')}")
+    return nodes + [_Node("text", text[pos:], f"{file}:{line}", None)]
+
+
+def _read_tag(text, start, left, right, where):
+    """The sigil, the content and the end of the tag at start."""
+    sigil = _SIGIL.match(text, start + len(left))
+    kind = sigil.group(1)
+    closing = {"{": "}", "=": "="}.get(kind, "") + right
+    stop = text.find(closing, sigil.end())
+    name = text[sigil.end():stop].strip()
+    if stop < 0 or (kind not in ("!", "=") and (left in name or "\n" in name)):
+        shown = text[start:start + 40].split("\n")[0].rstrip()
+        raise TemplateError(f"{where}: the tag that begins with {shown} is not closed; end it with {closing}")
+    if kind == "=" and (len(name.split()) != 2 or "=" in name):
+        raise TemplateError(f"{where}: to set delimiters takes two of them, as in {left}=<% %>={right}")
+    if not name and kind != "!":
+        raise TemplateError(f"{where}: the tag {left}{kind}{closing} is empty; write a name into it")
+    if kind in ("<", "$") or (kind == ">" and name[0] == "*"):
+        raise TemplateError(f"{where}: {left}{kind}{name}{right} is not supported; "
+                            "inherited templates and dynamic names are not part of the core")
+    return kind, name, stop + len(closing)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# State, rules and planner: what runs, what may be done to it, and the actions that lead from one state to
+# another
+# ----------------------------------------------------------------------------------------------------------
+
+class Deploy(NamedTuple):
+    label: label
+    release: release_name
+    port: number(0, 65535)      # 0 without the proxy
+
+
+class State(NamedTuple):
+    """What runs and what is connected (camus2), and what c2 adds: camus2 ignores keys that it doesn't know.
+
+    previous: for `rollback`, ENDPOINT -> the deploy before ("current" without the proxy); last_port: allotted
+    last; since: LABEL -> when it was started.
+    """
+
+    deploys: mapping(label, record(Deploy, strict=False)) = {}
+    connections: mapping(label, label) = {}
+    previous: mapping(label, record(Deploy, strict=False)) = {}
+    last_port: number(0, 65535) = 0
+    since: mapping(label, text) = {}
+
+
+def decode_state(value: Any, what: str) -> State:
+    """The State in a decoded state.json; raises C2Error that names `what` when its shape is wrong."""
+    try:
+        state = record(State, strict=False)(value, At("", "", lambda message: None))
+    except ConfigError as e:
+        raise C2Error(f"{what}: {e}") from None
+    for name, deploy in state.deploys.items():
+        if name != deploy.label:
+            raise C2Error(f"{what}: deploys.{name} has the label {deploy.label}")
+    for end_point, name in state.connections.items():
+        if name not in state.deploys:
+            raise C2Error(f"{what}: connections.{end_point}: there is no deploy {name}")
+    return state
+
+
+def encode_state(state: State) -> dict:
+    plain = {camel(field): value for field, value in state._asdict().items()}
+    for key in ("deploys", "previous"):
+        plain[key] = {name: dict(deploy._asdict()) for name, deploy in plain[key].items()}
+    return plain
+
+
+class Create(NamedTuple):
+    deploy: Deploy
+
+
+class Replace(NamedTuple):
+    """Prepare `deploy`, then stop `old` and start `deploy`; `old` is started again if that fails."""
+
+    old: Deploy
+    deploy: Deploy
+
+
+class Restart(NamedTuple):
+    """Stop and start a deploy in its place; after a crash or a reboot."""
+
+    deploy: Deploy
+
+
+class Destroy(NamedTuple):
+    deploy: Deploy
+    force: bool = False
+
+
+class Connect(NamedTuple):
+    end_point: str
+    label: str
+
+
+class Disconnect(NamedTuple):
+    end_point: str
+
+
+ACTIONS = {kind.__name__: kind for kind in (Create, Replace, Restart, Destroy, Connect, Disconnect)}
+
+
+def without(items: dict, key: str) -> dict:
+    return {k: v for k, v in items.items() if k != key}
+
+
+def next_state(action: Any, state: State, now: str = "") -> State:
+    """The state after a successful `action` that ended at `now` (a UTC time, as text)."""
+    if isinstance(action, (Create, Replace)):
+        deploy = action.deploy
+        if isinstance(action, Replace):
+            state = state._replace(deploys=without(state.deploys, action.old.label),
+                                   since=without(state.since, action.old.label))
+            if deploy.port == 0 and action.old != deploy:
+                state = state._replace(previous={"current": action.old})
+        return state._replace(deploys=dict(state.deploys, **{deploy.label: deploy}), last_port=deploy.port,
+                              since=dict(state.since, **{deploy.label: now}))
+    if isinstance(action, Restart):
+        return state._replace(since=dict(state.since, **{action.deploy.label: now}))
+    if isinstance(action, Destroy):
+        gone = action.deploy
+        previous = {"current": gone} if gone.port == 0 else state.previous
+        return state._replace(deploys=without(state.deploys, gone.label), previous=previous,
+                              since=without(state.since, gone.label))
+    end_point = action.end_point
+    before = state.connections.get(end_point)
+    after = action.label if isinstance(action, Connect) else None
+    if before and before != after:
+        state = state._replace(previous=dict(state.previous, **{end_point: state.deploys[before]}))
+    left = without(state.connections, end_point)
+    return state._replace(connections=dict(left, **{end_point: after}) if after else left)
+
+
+def plan(end_points: Any, old: State, new: State) -> list:
+    """The actions that make `old` into `new`, in an order that keeps every connected endpoint served.
+
+    Create what has a free label and port, switch endpoints, replace or destroy what is not connected, and
+    again. Only where that is stuck, since a label or a port stays connected and changes, an endpoint is
+    disconnected first. end_points: the configured ones; a connection of another is left out. The laws are
+    tested: folding `next_state` over the plan gives `new`, and nothing is planned between equal states.
+    """
+    wanted = {e: name for e, name in new.connections.items() if e in end_points}
+    actions, at = [], old
+
+    def do(action: Any) -> None:
+        nonlocal at
+        actions.append(action)
+        at = next_state(action, at)
+
+    def missing() -> list:
+        return [d for _, d in sorted(new.deploys.items()) if at.deploys.get(d.label) != d]
+
+    def blockers(deploy: Deploy) -> list:
+        return [d for d in at.deploys.values() if d.label == deploy.label or d.port == deploy.port]
+
+    def step() -> None:
+        for deploy in missing():
+            if not blockers(deploy):
+                do(Create(deploy))
+        for end_point in sorted(set(at.connections) | set(wanted)):
+            name = wanted.get(end_point)
+            if name is None:
+                do(Disconnect(end_point))
+            elif at.connections.get(end_point) != name and at.deploys.get(name) == new.deploys[name]:
+                do(Connect(end_point, name))
+        for gone in sorted(d for d in at.deploys.values() if new.deploys.get(d.label) != d):
+            if gone.label not in at.connections.values():
+                heir = [d for d in missing() if blockers(d) == [gone]]
+                do(Replace(gone, heir[0]) if heir else Destroy(gone))
+
+    while True:
+        before = len(actions)
+        step()
+        if len(actions) > before:
+            continue
+        stuck = missing()
+        if not stuck:
+            return actions
+        held = {d.label for d in blockers(stuck[0])}
+        outages = [Disconnect(e) for e, name in sorted(at.connections.items()) if name in held]
+        if not outages:
+            raise C2Error(f"two deploys have port {stuck[0].port}: {stuck[0].label} and {sorted(held)}")
+        for outage in outages:
+            do(outage)
+
+
+def find_deploy(state: State, name: str) -> Deploy:
+    """The deploy called `name`: its label, or the release it runs, with or without the extension."""
+    if name in state.deploys:
+        return state.deploys[name]
+    found = [d for d in state.deploys.values() if name in (d.release, stem(d.release))]
+    if not found:
+        running = ", ".join(sorted(state.deploys)) or "none"
+        raise Refused(f"there is no deploy {name}{nearest(name, list(state.deploys))}; there are: {running}")
+    if len(found) > 1:
+        raise Refused(f"{name} runs as {' and '.join(sorted(d.label for d in found))}; say which is meant")
+    return found[0]
+
+
+def find_end_point(config: Config, name: Optional[str]) -> str:
+    """The configured endpoint called `name`; without a name the only one there is."""
+    if name is None and len(config.end_points) == 1:
+        return next(iter(config.end_points))
+    if name in config.end_points:
+        return name
+    unknown = f"there is no endpoint {name}{nearest(name or '', list(config.end_points))}"
+    known = ", ".join(sorted(config.end_points)) or "none"
+    raise ConfigError(f"{unknown if name else 'say which endpoint'}; the endpoints are: {known}")
+
+
+def stem(release: str) -> str:
+    return os.path.splitext(release)[0]
+
+
+def compose_project(name: str) -> str:
+    """The name that docker compose makes of a directory's; two deploys with the same would share their
+    containers."""
+    return re.sub("[^a-z0-9_-]", "", name.lower()).lstrip("_-")
+
+
+def check_label(name: str, state: State) -> None:
+    """Raise unless a deploy may be called `name` beside those of `state`."""
+    if not re.fullmatch(LABEL, name) or name in RESERVED_LABELS:
+        raise ConfigError(f"{name!r} can't be a deploy's label: letters, digits and . _ + -, beginning with "
+                          f"a letter or digit, and not {' or '.join(RESERVED_LABELS)}; add another: c2 start "
+                          "RELEASE DEPLOY")
+    for other in [*RESERVED_LABELS, *state.deploys]:
+        if other != name and compose_project(other) == compose_project(name):
+            raise Refused(f"{name} and {other} would be the same docker compose project, "
+                          f"{compose_project(name)}, and take each other's containers; choose another label: "
+                          "c2 start RELEASE DEPLOY")
+
+
+def next_port(ports: PortRange, last: int, taken: Callable[[int], bool]) -> int:
+    """The lowest free port above the last allotted, wrapping; so that a port is not reused while others
+    remember it."""
+    first = last + 1 if ports.v1 <= last + 1 < ports.v2 else ports.v1
+    for port in [*range(first, ports.v2), *range(ports.v1, first)]:
+        if not taken(port):
+            return port
+    raise C2Error(f"all ports from {ports.v1} to {ports.v2 - 1} are taken; stop a deploy, or widen "
+                  "dynamicPortRange")
+
+
+def connected_to(state: State, name: str) -> List[str]:
+    return sorted(e for e, deploy in state.connections.items() if deploy == name)
+
+
+def start_actions(state: State, deploy: Deploy, runs: Callable[[Deploy], bool]) -> list:
+    """What `start` does; deploy.port is the one it gets if it needs a new one, 0 without the proxy.
+
+    runs: tells whether a deploy answers, asked only where it matters.
+    """
+    check_label(deploy.label, State() if deploy.port == 0 else state)
+    if deploy.port == 0:
+        return [Replace(old, deploy) for old in state.deploys.values()] or [Create(deploy)]
+    old = state.deploys.get(deploy.label)
+    if not old:
+        return [Create(deploy)]
+    if old.release == deploy.release:
+        return [] if runs(old) else [Restart(old)]
+    if connected_to(state, old.label):
+        held = ", ".join(connected_to(state, old.label))
+        raise Refused(f"{old.label} runs {old.release} and is connected to {held}; start "
+                      f"{deploy.release} under another label and connect that")
+    return [Replace(old, deploy)]
+
+
+def stop_actions(state: State, name: str, force: bool = False) -> list:
+    deploy = find_deploy(state, name)
+    held = connected_to(state, deploy.label)
+    if held:
+        raise Refused(f"{deploy.label} is connected to {', '.join(held)}; connect another deploy there, or "
+                      f"take it off with c2 disconnect {held[0]}, before you stop it")
+    return [Destroy(deploy, force)]
+
+
+def rollback_target(state: State, end_point: str) -> Deploy:
+    """The deploy that `end_point` was connected to before; Refused when it is not there any more."""
+    before = state.previous.get(end_point)
+    if not before:
+        raise Refused(f"{end_point} has not been connected to another deploy before; there is no way back")
+    now = state.deploys.get(before.label)
+    if not now or now.release != before.release:
+        raise Refused(f"{end_point} was connected to {before.label} ({before.release}) before, which has "
+                      f"been stopped; c2 start {before.release}, then c2 connect {end_point} {before.label}")
+    return now
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Derived text: the nginx configuration, the compose file, argument lists
+# ----------------------------------------------------------------------------------------------------------
+
+# How the built-in configuration switches without a reload: the root of an endpoint's server is a symbolic
+# link, which nginx resolves at each request; `map $realpath_root` gives the port. `root` stands at server
+# level, since an earlier use of the variable would cache "". The link is asked again (c2_again) where the
+# connection to an app could not be made, for a request that was still being read when its deploy was stopped;
+# what has been sent is never repeated.
+NGINX_TEMPLATE = (r"""user nginx;
+worker_processes auto;
+worker_rlimit_nofile 65536;
+error_log /dev/stderr;
+pid /var/run/nginx.pid;
+
+events { worker_connections 8192; }
+
+http {
+  include /etc/nginx/mime.types;
+  default_type application/octet-stream;
+  access_log /dev/stdout;
+  sendfile on;
+  server_tokens off;
+  server_names_hash_bucket_size 128;
+  keepalive_timeout 65;
+  client_max_body_size 0;
+{{#c2.http2}}
+  http2 on;
+{{/c2.http2}}
+
+  # live/ENDPOINT is a link to ports/PORT, or to ports/none.
+  map $realpath_root $c2_port  { default ""; "~^/etc/nginx/c2/ports/(?<c2_p>[1-9][0-9]{0,4})$" $c2_p; }
+  map $realpath_root $c2_again { default ""; "~^/etc/nginx/c2/ports/(?<c2_q>[1-9][0-9]{0,4})$" $c2_q; }
+  map $http_upgrade $c2_connection { default upgrade; "" ""; }
+  map $http_host $c2_host { default $http_host; "" localhost; }
+  map $http_x_forwarded_proto $c2_proto { default $http_x_forwarded_proto; "" $scheme; }
+
+  proxy_http_version 1.1;
+  proxy_connect_timeout 10;
+  proxy_send_timeout 300;
+  proxy_read_timeout 300;
+  proxy_set_header Host $c2_host;
+  proxy_set_header X-Real-IP $remote_addr;
+  proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
+  proxy_set_header X-Forwarded-Host $c2_host;
+  proxy_set_header X-Forwarded-Proto $c2_proto;
+  proxy_set_header Upgrade $http_upgrade;
+  proxy_set_header Connection $c2_connection;
+  proxy_redirect http://127.0.0.1:$c2_port/ /;
+  proxy_redirect http://localhost:$c2_port/ /;
+
+{{#c2.upstreams}}
+  upstream c2_{{.}} { server 127.0.0.1:{{.}}; keepalive 32; keepalive_timeout 1s; }
+{{/c2.upstreams}}
+
+  # Whoever asks for no endpoint, and the load balancer's probe.
+  server {
+    listen {{c2.httpPort}} default_server;
+    root /etc/nginx/c2/live/.health-check;
+{{#c2.healthCheck}}
+    location = {{{incomingPath}}} {
+      if ($c2_port = "") { return 503; }
+      proxy_pass http://{{c2.upstream}}$c2_port{{{outgoingPath}}};
+    }
+{{/c2.healthCheck}}
+    location / { return 404; }
+  }
+{{#c2.rejectUnknownTls}}
+  server { listen {{c2.httpsPort}} ssl default_server; ssl_reject_handshake on; }
+{{/c2.rejectUnknownTls}}
+
+{{#endPoints}}
+{{#http}}
+  server {
+    listen {{c2.httpPort}};
+    server_name {{serverNames}};
+    # the app
+  }
+{{/http}}
+{{#https}}
+  server {
+    listen {{c2.httpPort}};
+    server_name {{serverNames}};
+    root /etc/nginx/c2/live/{{label}};
+    location ^~ /.well-known/acme-challenge/ { root {{{letsencryptWwwDir}}}; default_type text/plain; }
+    # where it points
+{{#sslCertPath}}
+    location / { return 301 https://$host{{c2.httpsSuffix}}$request_uri; }
+{{/sslCertPath}}
+{{^sslCertPath}}
+    location / { return 503; }
+{{/sslCertPath}}
+  }
+{{#sslCertPath}}
+  server {
+    listen {{c2.httpsPort}} ssl{{c2.listenHttp2}};
+    server_name {{serverNames}};
+    ssl_certificate {{{sslCertPath}}};
+    ssl_certificate_key {{{sslCertKeyPath}}};
+    ssl_protocols TLSv1.2 TLSv1.3;
+    ssl_ciphers ECDHE+AESGCM:ECDHE+CHACHA20;
+    ssl_prefer_server_ciphers off;
+    ssl_session_cache shared:c2:10m;
+    ssl_session_tickets off;
+    # the app
+  }
+{{/sslCertPath}}
+{{/https}}
+{{/endPoints}}
+}
+""".replace("    # the app\n", r"""    root /etc/nginx/c2/live/{{label}};
+    # where it points
+    location / {
+      if ($c2_port = "") { return 503; }
+      error_page 502 = @c2_again;
+      proxy_pass http://{{c2.upstream}}$c2_port;
+    }
+    location @c2_again {
+      if ($upstream_connect_time !~ "-$") { return 502; }
+      if ($c2_again = "") { return 503; }
+      proxy_pass http://{{c2.upstream}}$c2_again;
+    }
+""").replace("    # where it points\n", r"""    location = /.c2/port {
+      if ($remote_addr !~ "^(127\.|::1$)") { return 404; }
+      default_type text/plain;
+      return 200 "port=$c2_port";
+    }
+"""))
+
+# The configuration appears as /etc/nginx/nginx.conf, so that its relative includes and a plain `nginx -t`
+# work; by a link into a mounted directory, since a mounted file would keep showing its old inode after an
+# atomic replace.
+NGINX_LINKS = "cd /etc/nginx; ln -sf c2/conf/nginx.conf c2/conf/candidate.conf ."
+NGINX_START = NGINX_LINKS + "; exec nginx -g 'daemon off;'"
+NGINX_TEST = ["nginx", "-t", "-c", "/etc/nginx/candidate.conf"]
+PROXY_DIRS = ("conf", "live", "ports", "certs")     # mounted into the container, below /etc/nginx/c2
+
+
+def port_of(state: State, end_point: str) -> Optional[int]:
+    name = state.connections.get(end_point)
+    return state.deploys[name].port if name else None
+
+
+def health_end_point(config: Config, state: State) -> Optional[str]:
+    """The endpoint whose deploy answers the health check: the configured one, else the first connected by
+    name."""
+    named = config.health_check and config.health_check.endpoint
+    connected = sorted(e for e in state.connections if e in config.end_points)
+    if named:
+        return named if named in connected else None
+    return connected[0] if connected else None
+
+
+def routes(config: Config, state: State) -> Dict[str, str]:
+    """The links that `live/` holds for this state: name -> target."""
+    table = {e: port_of(state, e) for e in config.end_points}
+    health = health_end_point(config, state)
+    table[".health-check"] = table.get(health) if health else None
+    return {name: f"../ports/{port or 'none'}" for name, port in table.items()}
+
+
+def nginx_context(config: Config, state: State, certs: Dict[str, tuple], http2: str = "") -> dict:
+    """What the nginx template is expanded with: camus2's context, absent keys for nulls, and c2's own under
+    `c2`.
+
+    certs: ENDPOINT -> (certificate, key), paths in the container, for the https endpoints that have one;
+    http2: how the running nginx is told to speak it, "on" (1.25.1 and later), "listen" or "".
+    """
+    mode, health = config.proxy, config.health_check
+    ports = mode.dynamic_port_range
+    kept = ports.v2 - ports.v1 <= UPSTREAMS_MAX
+    upstreams = {*range(ports.v1, ports.v2), *(d.port for d in state.deploys.values())} if kept else set()
+    own = {"httpPort": mode.http_port, "httpsPort": mode.https_port, "rejectUnknownTls": bool(certs),
+           "http2": http2 == "on", "listenHttp2": " http2" if http2 == "listen" else "",
+           "httpsSuffix": "" if mode.https_port == 443 else f":{mode.https_port}",
+           "upstream": "c2_" if kept else "127.0.0.1:",
+           "upstreams": sorted(upstreams)}
+    context = {"endPoints": [], "c2": own}
+    if health:
+        own["healthCheck"] = {"incomingPath": health.incoming_path, "outgoingPath": health.outgoing_path}
+        port = port_of(state, health_end_point(config, state) or "")
+        if port:
+            context["healthCheck"] = dict(own["healthCheck"], outgoingPort=port)
+    for name, end_point in sorted(mode.end_points.items()):
+        entry = {"label": name, "serverNames": " ".join(end_point.server_names)}
+        if port_of(state, name):
+            entry["port"] = port_of(state, name)
+        if end_point.certificate:
+            entry["letsencryptWwwDir"] = config.letsencrypt_www_dir
+            if name in certs:
+                entry["sslCertPath"], entry["sslCertKeyPath"] = certs[name]
+        context["endPoints"].append({"https" if end_point.certificate else "http": entry})
+    return context
+
+
+def compose_project_name(config: Config) -> str:
+    name = config.proxy.container_name
+    return "frontend-proxy" if name == ProxyMode._field_defaults["container_name"] else compose_project(name)
+
+
+def compose_file(config: Config) -> str:
+    """docker-compose.yml of the proxy, as JSON, which compose reads: no quoting to get wrong.
+
+    It depends on nothing that changes in daily work: recreating the container is an outage.
+    """
+    def mount(source: str, target: str) -> dict:
+        return {"type": "bind", "source": source, "target": target, "read_only": True}
+
+    mounts = [mount(f"./{name}", f"/etc/nginx/c2/{name}") for name in PROXY_DIRS]
+    if any(e.certificate and e.certificate.name == "generated" for e in config.end_points.values()):
+        letsencrypt = os.path.join(config.letsencrypt_prefix_dir, "etc/letsencrypt")
+        mounts += [mount(path, path) for path in (letsencrypt, config.letsencrypt_www_dir)]
+    service = {"container_name": config.proxy.container_name,
+               "image": f"{config.nginx_docker_image}:{config.nginx_docker_version}",
+               "network_mode": "host", "restart": "always", "command": ["sh", "-c", NGINX_START],
+               "volumes": mounts,
+               "logging": {"driver": "json-file", "options": {"max-size": "10m", "max-file": "3"}}}
+    plain = json.dumps({"name": compose_project_name(config), "services": {"nginx": service}}, indent=2)
+    return plain.replace("$", "$$") + "\n"
+
+
+def ports_context(port: int, ports: PortRange) -> Dict[str, int]:
+    """The template context's `ports` of a deploy on `port`; camus2's extra ones where they are ports at
+    all."""
+    extra = {f"extra{n}": port + n * (ports.v2 - ports.v1) for n in range(1, 5)}
+    return dict({"http": port}, **{name: p for name, p in extra.items() if p <= 65535})
+
+
+def status_text(config: Config, state: State, runs: Dict[str, bool]) -> str:
+    """`status` for a person; runs: LABEL -> whether its port answers, for those that were asked."""
+    lines = []
+    if config.proxy:
+        lines.append("Endpoints:")
+        for name, end_point in sorted(config.end_points.items()):
+            https = f",{config.proxy.https_port}" if end_point.certificate else ""
+            hosts = ", ".join(f"{host}:{config.proxy.http_port}{https}" for host in end_point.server_names)
+            lines.append(f"  {name}: ({hosts}) -> {state.connections.get(name, '(not connected)')}")
+        lines.append("")
+    lines.append("Deploys:")
+    for name, deploy in sorted(state.deploys.items()):
+        shown = name if name == deploy.release else f"{name} ({deploy.release})"
+        facts = [f"(localhost:{deploy.port})"] if deploy.port else []
+        if name in runs:
+            facts.append("answers" if runs[name] else "DOES NOT ANSWER")
+        if state.since.get(name):
+            facts.append(f"since {state.since[name][:16].replace('T', ' ')} UTC")
+        lines.append(f"  {shown}: {' '.join(facts)}")
+    if not state.deploys:
+        lines.append("  (none)")
+    return "\n".join(lines)
+
+
+def tail(output: str, lines: int = OUTPUT_LINES) -> str:
+    return "\n".join(output.rstrip().splitlines()[-lines:])
+
+
+def secret_values(value: Any, secret: bool = False) -> List[str]:
+    """Texts in a config source that no log may show: all of a secret one, else what its key calls a
+    secret."""
+    if isinstance(value, dict):
+        pattern = "pass|secret|token|credential|private|api_?key"
+        return [s for k, v in value.items()
+                for s in secret_values(v, secret or bool(re.search(pattern, k, re.I)))]
+    if isinstance(value, list):
+        return [s for item in value for s in secret_values(item, secret)]
+    if not secret or value is None or isinstance(value, bool):
+        return []
+    return [line.strip() for line in str(value).splitlines() if len(line.strip()) >= 4]
+
+
+def masked(value: Any, secrets: List[str]) -> Any:
+    if isinstance(value, str):
+        for secret in secrets:
+            value = value.replace(secret, "***")
+    return value
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Files, log, lock and journal
+# ----------------------------------------------------------------------------------------------------------
+
+def make_dir(path: str, mode: int = 0o755) -> None:
+    """Make a directory and those above it, with this mode whatever the umask: containers read them as other
+    users."""
+    if os.path.isdir(path):
+        return
+    make_dir(os.path.dirname(path) or ".")
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path)
+        os.chmod(path, mode)
+
+
+def read_file(path: str) -> Optional[str]:
+    """The text of a UTF-8 file, None when there is none."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            return f.read()
+    except FileNotFoundError:
+        return None
+    except UnicodeDecodeError:
+        raise C2Error(f"{path} is not UTF-8 text") from None
+
+
+def replace_file(path: str, content: Any, mode: int = 0o644) -> None:
+    """Write a file whole or not at all: to a temporary name, to the disk, then renamed into place."""
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    temp = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "wb") as f:
+            os.fchmod(f.fileno(), mode)
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temp, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temp)
+        raise
+    sync_dir(os.path.dirname(path))
+
+
+def sync_dir(path: str) -> None:
+    fd = os.open(path or ".", os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def replace_link(path: str, target: Optional[str]) -> None:
+    """Point a symbolic link at `target` by one atomic rename; None removes it."""
+    if target is None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        return
+    temp = f"{path}.{os.getpid()}.tmp"
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(temp)
+    os.symlink(target, temp)
+    os.replace(temp, path)
+    sync_dir(os.path.dirname(path))
+
+
+def read_link(path: str) -> Optional[str]:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return None
+
+
+def remove_tree(path: str) -> None:
+    """Remove a directory with all in it; links are not followed; nothing there is no error."""
+    import shutil
+    if os.path.islink(path) or os.path.isfile(path):
+        os.unlink(path)
+    elif os.path.isdir(path):
+        shutil.rmtree(path)
+
+
+def utc_now(moment: Optional[float] = None) -> str:
+    moment = time.time() if moment is None else moment
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(moment)) + f".{int(moment * 1000) % 1000:03d}Z"
+
+
+def say(message: str) -> None:
+    """Tell the person at the terminal; nothing that is said may fail the work."""
+    with contextlib.suppress(OSError, ValueError):
+        print(f"c2: {message}", file=sys.stderr, flush=True)
+
+
+def emit(data: str) -> None:
+    """Write data to stdout, as UTF-8 whatever the locale."""
+    raw = getattr(sys.stdout, "buffer", None)
+    if raw is None:
+        sys.stdout.write(data)
+    else:
+        sys.stdout.flush()
+        raw.write(data.encode("utf-8", "surrogateescape"))
+    sys.stdout.flush()
+
+
+class Log:
+    """The JSON log, and what is said of it to the person: one event, one line, in both."""
+
+    def __init__(self, path: str, command: str) -> None:
+        self.path, self.command, self.works = path, command, True
+        self.secrets = []       # type: List[str]
+
+    def add_secrets(self, values: List[str]) -> None:
+        self.secrets = sorted({*self.secrets, *values}, key=len, reverse=True)
+
+    def event(self, level: str, event: str, message: str, **fields: Any) -> None:
+        """Write an event to the log alone; `info` and `warn` say it too, and an error is said by `main`."""
+        message = masked(message, self.secrets)
+        try:
+            import pwd
+            user = os.environ.get("SUDO_USER") or pwd.getpwuid(os.getuid()).pw_name
+        except KeyError:
+            user = str(os.getuid())
+        entry = {"time": utc_now(), "level": level, "pid": os.getpid(), "user": user, "command": self.command,
+                 "event": event, "message": message}
+        entry.update((k, masked(v, self.secrets)) for k, v in fields.items() if v not in (None, ""))
+        line = json.dumps(entry, ensure_ascii=False) + "\n"
+        try:
+            make_dir(os.path.dirname(self.path))
+            fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                os.write(fd, line.encode("utf-8", "backslashreplace"))
+            finally:
+                os.close(fd)
+        except OSError as e:
+            if self.works:
+                say(f"warning: can't write the log {self.path}: {e.strerror}; going on without it")
+            self.works = False
+
+    def info(self, event: str, message: str, **fields: Any) -> None:
+        say(masked(message, self.secrets))
+        self.event("info", event, message, **fields)
+
+    def warn(self, event: str, message: str, **fields: Any) -> None:
+        say("warning: " + masked(message, self.secrets))
+        self.event("warning", event, message, **fields)
+
+
+class Host(NamedTuple):
+    """This machine: what the effectful functions need to know."""
+
+    config: Config
+    log: Log
+    command_timeout: Optional[float] = None
+
+
+def boot_id() -> str:
+    return (read_file("/proc/sys/kernel/random/boot_id") or "").strip()
+
+
+def start_time(pid: int) -> str:
+    """When a process began, in clock ticks since boot; with its pid it names a process for good. "" for
+    none."""
+    with contextlib.suppress(OSError, IndexError):
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as f:
+            return f.read().rpartition(")")[2].split()[19]
+    return ""
+
+
+def identity(pid: int) -> dict:
+    return {"pid": pid, "start": start_time(pid), "boot": boot_id()}
+
+
+def group_alive(group: int) -> bool:
+    """Whether a process of this process group still runs; zombies don't count."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    if not os.path.isdir("/proc/self"):
+        return True
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError, IndexError):
+            with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as f:
+                fields = f.read().rpartition(")")[2].split()
+            if fields[2] == str(group) and fields[0] not in "ZX":
+                return True
+    return False
+
+
+def end_group(group: int) -> None:
+    """End every process of a group: SIGTERM, and SIGKILL to what is left after END_GRACE_SECS."""
+    for signum, patience in ((signal.SIGTERM, END_GRACE_SECS), (signal.SIGKILL, 3)):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(group, signum)
+        deadline = time.monotonic() + patience
+        while group_alive(group) and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+
+def end_left_over(group: Optional[dict]) -> bool:
+    """End the process group that a killed c2 left, if it is still that one (same boot, same leader or
+    none)."""
+    if not group or group["boot"] != boot_id() or start_time(group["pid"]) not in ("", group["start"]):
+        return False
+    if not group_alive(group["pid"]):
+        return False
+    end_group(group["pid"])
+    return True
+
+
+@contextlib.contextmanager
+def uninterruptible() -> Any:
+    """Hold SIGINT, SIGTERM and SIGHUP back: an undo must not be undone half-way."""
+    before = {s: signal.signal(s, lambda *a: say("putting things back; a moment")) for s in SIGNALS}
+    try:
+        yield
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Journal:
+    """What is being done to the host and how far it is, kept in a file: from it a kill at any instant is
+    recovered."""
+
+    def __init__(self, path: str, record: dict) -> None:
+        self.path, self.record = path, record
+
+    def step(self, step: str, **facts: Any) -> None:
+        self.record.update(facts, step=step, group=None)
+        self.save()
+
+    def runs(self, pid: int) -> None:
+        self.record["group"] = identity(pid)
+        self.save()
+
+    def save(self) -> None:
+        replace_file(self.path, json.dumps(self.record), 0o600)
+
+    def clear(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path)
+
+    @property
+    def action(self) -> Any:
+        return decode_action(self.record["action"])
+
+    @property
+    def doing(self) -> str:
+        action = self.action
+        name = getattr(action, "end_point", None) or action.deploy.label
+        kind = type(action).__name__.lower()
+        return f"{kind} {name} (step {self.record['step']}, c2 {self.record['command']})"
+
+
+def encode_action(action: Any) -> dict:
+    plain = {k: dict(v._asdict()) if isinstance(v, Deploy) else v for k, v in action._asdict().items()}
+    return dict(plain, kind=type(action).__name__)
+
+
+def decode_action(plain: dict) -> Any:
+    fields = {k: Deploy(**v) if isinstance(v, dict) else v for k, v in plain.items() if k != "kind"}
+    return ACTIONS[plain["kind"]](**fields)
+
+
+def read_journal(path: str) -> Optional[Journal]:
+    """The journal that a killed command left, None if there is none; C2Error when it is not one."""
+    source = read_file(path)
+    if source is None:
+        return None
+    try:
+        journal = Journal(path, json.loads(source))
+        return journal if journal.doing else None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise C2Error(f"{path} is not a journal of c2; look at what it was about and remove it") from None
+
+
+def read_holder(config: Config) -> dict:
+    """What the holder of the lock wrote into it: its identity and what it does."""
+    try:
+        holder = json.loads(read_file(config.proxy_path("lock")) or "{}")
+        return holder if isinstance(holder, dict) and isinstance(holder.get("pid"), int) else {}
+    except ValueError:
+        return {}
+
+
+def describe_holder(config: Config, holder: dict) -> str:
+    try:
+        journal = read_journal(config.proxy_path("journal.json"))
+    except C2Error:
+        journal = None
+    step = f", in step {journal.record['step']}" if journal else ""
+    return f"c2 {holder.get('command', '')} (pid {holder.get('pid', 'unknown')}{step})"
+
+
+@contextlib.contextmanager
+def locked(host: Host, wait: float, cancels: Optional[Callable[[dict], bool]] = None, **about: Any) -> Any:
+    """Hold the host's lock, which dies with its process; Refused after `wait` seconds.
+
+    about: what the holder says of itself to those who wait; cancels: whether the holder is to be ended
+    instead, since this command takes back what that one does. Yields whether one was.
+    """
+    import fcntl
+    config = host.config
+    make_dir(config.proxy_path())
+    deadline, told, cancelled = time.monotonic() + wait, False, False
+    with open(os.open(config.proxy_path("lock"), os.O_RDWR | os.O_CREAT, 0o644), "r+", encoding="utf-8") as f:
+        while True:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                holder = read_holder(config)
+            alive = holder and start_time(holder["pid"]) == holder.get("start")
+            if alive and cancels and not cancelled and cancels(holder):
+                say(f"ending {describe_holder(config, holder)}")
+                os.kill(holder["pid"], signal.SIGTERM)
+                cancelled, told = True, True
+                deadline = max(deadline, time.monotonic() + 60)
+            if time.monotonic() >= deadline:
+                raise Refused(f"{describe_holder(config, holder)} still works on this host after {wait:g} s; "
+                              "try again later, or wait longer with --lock-wait SECS")
+            if not told:
+                say(f"waiting for {describe_holder(config, holder)}, at most {wait:g} s")
+                told = True
+            time.sleep(0.1)
+        f.truncate(0)
+        f.write(json.dumps(dict(identity(os.getpid()), command=host.log.command, **about)))
+        f.flush()
+        yield cancelled
+
+
+def load_state(config: Config) -> State:
+    """This host's state.json; an empty State when there is none yet."""
+    path = config.proxy_path("state.json")
+    source = read_file(path)
+    return State() if source is None else decode_state(parse_json(source, path), path)
+
+
+def save_state(config: Config, state: State) -> None:
+    make_dir(config.proxy_path())
+    replace_file(config.proxy_path("state.json"), json.dumps(encode_state(state), indent=2) + "\n")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Running programs
+# ----------------------------------------------------------------------------------------------------------
+
+def show_args(args: List[str]) -> str:
+    import shlex
+    return " ".join(shlex.quote(arg) for arg in args)
+
+
+def run(args: List[str], timeout: Optional[float] = 60, cwd: Optional[str] = None, env: Optional[dict] = None,
+        stdout: Any = None, merge: bool = False) -> str:
+    """Run a program, never through a shell, and return what it wrote to stdout.
+
+    timeout: seconds; cwd: directory; env: added to the environment; stdout: where it goes instead; merge:
+    take stderr for stdout too. Raises CommandFailed with the program, its exit code and its last lines.
+    """
+    import subprocess
+    shown = show_args(args[:6]) + (" ..." if len(args) > 6 else "")
+    if os.environ.get("C2_DEBUG"):
+        say("+ " + show_args(args))
+    try:
+        process = subprocess.Popen(args, cwd=cwd, env=dict(os.environ, **(env or {})),
+                                   stdin=subprocess.DEVNULL, stdout=stdout or subprocess.PIPE,
+                                   stderr=subprocess.STDOUT if merge else subprocess.PIPE)
+    except FileNotFoundError:
+        raise C2Error(f"{args[0]} is not on PATH; install it, since {shown} needs it") from None
+    except OSError as e:
+        raise C2Error(f"{args[0]} can't be run: {e.strerror}") from None
+    with process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise CommandFailed(f"{shown} has not ended after {timeout:g} s", 124) from None
+        except BaseException:
+            process.kill()
+            raise
+    said = (err or b"").decode("utf-8", "replace")
+    if process.returncode:
+        last = tail(said + (out or b"").decode("utf-8", "replace"), 8)
+        raise CommandFailed(f"{shown}: exit {process.returncode}: {last or 'without a word'}",
+                            process.returncode, said)
+    return (out or b"").decode("utf-8", "replace")
+
+
+def aws(*args: str, timeout: float = 120, **options: Any) -> str:
+    """Run the aws CLI, with bounds: by default an endpoint that never answers takes it 312 s."""
+    endpoint = os.environ.get("S3_ENDPOINT") if args[0].startswith("s3") else None
+    endpoint = endpoint or os.environ.get("AWS_ENDPOINT_URL")   # not known to an aws CLI before 2.13
+    env = {"AWS_PAGER": "", "AWS_MAX_ATTEMPTS": os.environ.get("AWS_MAX_ATTEMPTS", "3")}
+    bounds = ["--cli-connect-timeout", "10", "--cli-read-timeout", "60"]
+    try:
+        return run(["aws", *args, *bounds, *(["--endpoint-url", endpoint] if endpoint else [])],
+                   timeout=timeout, env=env, **options)
+    except CommandFailed as e:
+        if re.search(r"\((404|NoSuchKey|NoSuchBucket|ResourceNotFoundException)\)", e.output):
+            raise Missing(str(e)) from None
+        raise
+
+
+class Follower:
+    """Shows on the terminal what is added to a file, so that no pipe ties c2 to what a command leaves
+    running."""
+
+    def __init__(self, path: str) -> None:
+        self.file = open(path, "rb")
+        self.file.seek(0, os.SEEK_END)
+        self.begin = self.file.tell()
+
+    def show(self) -> None:
+        for chunk in iter(lambda: self.file.read(65536), b""):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                sys.stderr.buffer.write(chunk)
+                sys.stderr.flush()
+
+    def last(self) -> str:
+        self.file.seek(max(self.begin, self.file.seek(0, os.SEEK_END) - 65536))
+        return tail(self.file.read().decode("utf-8", "replace"))
+
+
+def output_path(config: Config, name: str) -> str:
+    return config.proxy_path("output", f"{name}.log")
+
+
+def run_command(host: Host, journal: Journal, deploy: Deploy, kind: str, directory: str) -> None:
+    """Run a release's prestart, start or stop command by `sh -c` in `directory`.
+
+    It gets a process group of its own, whose leader waits until the journal knows it: a kill of c2 leaves no
+    process that the next command can't find. Raises CommandFailed with the last lines of its output.
+    """
+    import subprocess
+    command = getattr(read_release(directory), f"{kind}_command")
+    if not command.strip():
+        return
+    host.log.info(kind, f"{deploy.label}: {kind}: {command}", release=deploy.release, deploy=deploy.label)
+    path, began = output_path(host.config, deploy.label), time.monotonic()
+    make_dir(os.path.dirname(path), 0o700)
+    env = dict(os.environ, C2_RELEASE=deploy.release, C2_DEPLOY=deploy.label, PWD=directory)
+    env.update({"C2_PORT": str(deploy.port)} if deploy.port else {})
+    with open(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab") as output:
+        follower = Follower(path)
+        process = subprocess.Popen(["sh", "-c", 'read -r _ || exit 125; exec sh -c "$0" </dev/null', command],
+                                   cwd=directory, env=env, stdin=subprocess.PIPE, stdout=output,
+                                   stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        journal.runs(process.pid)
+        process.stdin.write(b"go\n")
+        process.stdin.close()
+        code = await_command(host, process, follower, deploy, kind)
+    except BaseException:
+        end_group(process.pid)
+        process.wait()
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            follower.show()
+    if code:
+        ended = f"was ended by signal {-code}" if code < 0 else f"exited {code}"
+        end_group(process.pid)
+        raise CommandFailed(f"{deploy.label}: the {kind} command ({command.strip()}) {ended}"
+                            + last_line(masked(follower.last(), host.log.secrets)), code, follower.last())
+    host.log.event("info", f"{kind}-done", f"{deploy.label}: {kind} done",
+                   deploy=deploy.label, seconds=round(time.monotonic() - began, 3))
+
+
+def last_line(output: str) -> str:
+    return f": {output.splitlines()[-1].strip()}" if output.strip() else ", without a word"
+
+
+def await_command(host: Host, process: Any, follower: Follower, deploy: Deploy, kind: str) -> int:
+    """Wait for a release's command and show its output; gives its exit code."""
+    import subprocess
+    began, hinted, pause = time.monotonic(), kind == "stop", 0.005
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(pause)
+        follower.show()
+        pause, passed = min(pause * 1.5, 0.1), time.monotonic() - began
+        if host.command_timeout and passed > host.command_timeout:
+            raise CommandFailed(f"{deploy.label}: the {kind} command has not ended after "
+                                f"{host.command_timeout:g} s (commandTimeoutSecs) and was ended",
+                                124, follower.last())
+        if not hinted and passed > HINT_AFTER_SECS:
+            hinted = True
+            say(f"{deploy.label}: the {kind} command still runs; c2 waits until it returns (docker compose "
+                f"up -d, or a server in the background); c2 stop {deploy.label} elsewhere ends it")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Stores: where releases, config sources and the configuration itself come from
+# ----------------------------------------------------------------------------------------------------------
+
+class Store(NamedTuple):
+    """Releases somewhere: `names()` newest first, `exists(name)`, `fetch(name, path)`; Missing for what isn't
+    there."""
+
+    label: str
+    names: Callable[[], List[str]]
+    exists: Callable[[str], bool]
+    fetch: Callable[[str, str], None]
+
+
+def fetch_file(source: str, to: str) -> None:
+    import shutil
+    try:
+        shutil.copyfile(source, to)
+    except (FileNotFoundError, IsADirectoryError):
+        raise Missing(f"there is no file {source}") from None
+
+
+def fetch_s3(url: str, to: str) -> None:
+    if sys.stderr.isatty():
+        aws("s3", "cp", url, to, timeout=3600, stdout=sys.stderr)       # which shows the progress
+    else:
+        aws("s3", "cp", url, to, "--only-show-errors", timeout=3600)
+
+
+def fetch_http(url: str, to: str) -> None:
+    """Download over http(s); a short or refused answer is an error."""
+    import shutil
+    with open_http(url) as answer, open(to, "wb") as f:
+        size = int(answer.headers.get("Content-Length") or 0)
+        if not sys.stderr.isatty():
+            shutil.copyfileobj(answer, f, 1 << 20)
+        else:
+            for chunk in iter(lambda: answer.read(1 << 20), b""):
+                f.write(chunk)
+                of = f" of {size >> 20}" if size else ""
+                print(f"\rc2: {f.tell() >> 20}{of} MB", end="", file=sys.stderr, flush=True)
+            print(file=sys.stderr)
+        if size and f.tell() != size:
+            raise C2Error(f"{url}: the connection ended after {f.tell()} of {size} bytes; try again")
+
+
+def open_http(url: str, method: str = "GET") -> Any:
+    import http.client
+    import urllib.error
+    import urllib.request
+    request = urllib.request.Request(url, headers={"User-Agent": f"c2/{VERSION}"}, method=method)
+    try:
+        return urllib.request.urlopen(request, timeout=HTTP_TIMEOUT_SECS)
+    except urllib.error.HTTPError as e:
+        kind = Missing if e.code in (404, 410) else C2Error
+        raise kind(f"{url}: the server says {e.code} {e.reason}") from None
+    except (OSError, http.client.HTTPException, ValueError) as e:
+        raise C2Error(f"{url}: {getattr(e, 'reason', e)}") from None
+
+
+def fetch_secret(arn: str, to: str) -> None:
+    said = aws("secretsmanager", "get-secret-value", "--secret-id", arn, "--output", "json")
+    answer = parse_json(said, arn)
+    if "SecretString" not in answer:
+        raise C2Error(f"the secret {arn} is binary; it must be a JSON document as text")
+    replace_file(to, answer["SecretString"], 0o600)
+
+
+FETCH = {"file": fetch_file, "localdir": fetch_file, "s3": fetch_s3, "http": fetch_http,
+         "awsSecretArn": fetch_secret}
+
+
+def fetch(source: Choice, to: str) -> None:
+    """Fetch one document to the path `to`, 0600, whole or not at all."""
+    part = f"{to}.{os.getpid()}.part"
+    try:
+        os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600))
+        FETCH[source.name](source.value, part)
+        os.chmod(part, 0o600)
+        os.replace(part, to)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(part)
+
+
+def s3_parts(url: str) -> List[str]:
+    """Bucket, and key prefix with its slash, of s3://BUCKET/PREFIX."""
+    bucket, _, prefix = url[len("s3://"):].partition("/")
+    return [bucket, prefix.rstrip("/") + "/" if prefix.rstrip("/") else ""]
+
+
+def release_store(config: Config) -> Store:
+    kind, base = config.releases
+    separator = "" if base.endswith("/") else "/"
+    names, exists = {"localdir": (local_names, local_exists), "s3": (s3_names, s3_exists),
+                     "http": (http_names, http_exists)}[kind]
+    return Store(base, lambda: names(base), lambda name: exists(base + separator + name),
+                 lambda name, to: fetch(Choice(kind, base + separator + name), to))
+
+
+def local_names(base: str) -> List[str]:
+    try:
+        with os.scandir(base) as entries:
+            found = [(e.stat().st_mtime, e.name) for e in entries if e.is_file() and e.name[0] != "."]
+    except FileNotFoundError:
+        raise C2Error(f"the release store {base} is not there; make it, or correct releases") from None
+    return [name for _, name in sorted(found, key=lambda f: (-f[0], f[1]))]
+
+
+def local_exists(path: str) -> bool:
+    return os.path.isfile(path)
+
+
+def s3_names(base: str) -> List[str]:
+    bucket, prefix = s3_parts(base)
+    answer = aws("s3api", "list-objects-v2", "--bucket", bucket, "--prefix", prefix, "--delimiter", "/",
+                 "--output", "json", timeout=600)
+    items = json.loads(answer or "{}").get("Contents", [])
+    found = sorted((item["Key"][len(prefix):], item["LastModified"]) for item in items)
+    return [name for name, _ in sorted(found, key=lambda f: f[1], reverse=True) if name]
+
+
+def s3_exists(url: str) -> bool:
+    bucket, key = url[len("s3://"):].split("/", 1)
+    try:
+        aws("s3api", "head-object", "--bucket", bucket, "--key", key)
+    except Missing:
+        return False
+    return True
+
+
+def http_names(base: str) -> List[str]:
+    raise C2Error(f"{base} is an http store, which can't be listed; look where the releases are published")
+
+
+def http_exists(url: str) -> bool:
+    try:
+        with open_http(url, "HEAD"):
+            return True
+    except Missing:
+        return False
+
+
+def require_release(config: Config, name: str) -> None:
+    """Raise unless the store has the release; with a suggestion where the store can be listed."""
+    if not re.fullmatch(r"[^/.\s-][^/\s]*", name):
+        raise ConfigError(f"{name!r} can't be a release, which is a file's name in the store, without a path")
+    store = release_store(config)
+    if store.exists(name):
+        return
+    hint = ""
+    with contextlib.suppress(C2Error, OSError):
+        hint = nearest(name, store.names()) or "; c2 list-releases shows what is there"
+    raise C2Error(f"there is no release {name} in {store.label}{hint}")
+
+
+def find_config(given: Optional[str]) -> str:
+    """Where the configuration is: --config, else $CAMUS2_CONFIG, else ../etc/camus2.json or .yaml beside
+    c2."""
+    named = given or os.environ.get("CAMUS2_CONFIG")
+    if named:
+        return named
+    etc = os.path.join(os.path.dirname(os.path.dirname(os.path.realpath(__file__))), "etc")
+    tried = [os.path.join(etc, name) for name in ("camus2.json", "camus2.yaml", "camus2.yml")]
+    for path in tried:
+        if os.path.exists(path):
+            return path
+    raise ConfigError("there is no configuration: neither --config nor $CAMUS2_CONFIG is given, and there is "
+                      f"no {' or '.join(tried[:2])}; c2 help shows one to start from")
+
+
+def load_config(given: Optional[str]) -> Config:
+    """Find, fetch, parse and check the configuration; relative paths start from the directory of its file."""
+    path = find_config(given)
+    extension = os.path.splitext(path)[1]
+    if extension not in (".json", ".yaml", ".yml"):
+        raise ConfigError(f"{path}: a configuration is a .json, .yaml or .yml file")
+    base = ""
+    try:
+        if path.startswith("s3://"):
+            source = aws("s3", "cp", path, "-")
+        elif path.startswith(("http://", "https://")):
+            with open_http(path) as answer:
+                source = answer.read().decode("utf-8")
+        else:
+            base = os.path.dirname(os.path.abspath(path))
+            with open(path, encoding="utf-8") as f:
+                source = f.read()
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not UTF-8 text") from None
+    except OSError as e:
+        raise ConfigError(f"the configuration {path} can't be read: {e.strerror}") from None
+    except Missing as e:
+        raise ConfigError(f"the configuration {path} is not there: {e}") from None
+    try:
+        value = parse_json(source, "line") if extension == ".json" else parse_yaml(source)
+        return decode_config(value, base, lambda message: say(f"warning: {path}: {message}"))
+    except ConfigError as e:
+        raise ConfigError(f"{path}: {e}") from None
+
+
+def cache_path(config: Config, name: str) -> str:
+    return os.path.join(config.context_cache, f"{name}.json")
+
+
+def fetch_context(host: Host, retry: bool = False) -> None:
+    """Download every config source into the context cache; retry: wait until those that are missing exist."""
+    config = host.config
+    if config.config_sources:
+        make_dir(config.context_cache, 0o700)
+    for name, source in sorted(config.config_sources.items()):
+        to = cache_path(config, name)
+        while True:
+            try:
+                fetch(source, to + ".new")
+                break
+            except Missing as e:
+                if not retry:
+                    raise C2Error(f"the config source {name} is not there ({e}); c2 fetch-context --retry "
+                                  "waits for it") from None
+                host.log.info("wait", f"waiting for the config source {name} ({source.value})")
+                time.sleep(10)
+        try:
+            load_json(to + ".new", f"the config source {name} ({source.value})")
+            os.replace(to + ".new", to)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(to + ".new")
+        host.log.info("fetch-context", f"fetched the config source {name} from {source.value}")
+
+
+def load_json(path: str, what: str) -> Any:
+    source = read_file(path)
+    if source is None:
+        raise C2Error(f"{what}: there is no file {path}")
+    try:
+        return parse_json(source, what)
+    except ConfigError as e:
+        raise C2Error(str(e)) from None
+
+
+def load_context(host: Host) -> dict:
+    """The template context from the cache; its secrets are masked in the log from here on."""
+    context = {}
+    for name, source in host.config.config_sources.items():
+        path = cache_path(host.config, name)
+        if not os.path.exists(path):
+            raise C2Error(f"the config source {name} has not been fetched yet; run c2 fetch-context")
+        context[name] = load_json(path, f"the config source {name}")
+        host.log.add_secrets(secret_values(context[name], source.name == "awsSecretArn"))
+    return context
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Releases: unpacked safely, expanded with the context
+# ----------------------------------------------------------------------------------------------------------
+
+class Member(NamedTuple):
+    """A member of an archive that may be unpacked: `kind` is "file", "dir" or "link", `mode` its permission
+    bits."""
+
+    name: str
+    kind: str
+    mode: int
+    info: Any
+
+
+def archive_members(infos: list, what: str) -> List[Member]:
+    """The members of a zip archive, checked: none leads out of the directory it is unpacked in.
+
+    Raises C2Error for an absolute path, "..", a device, an encrypted or duplicate member, and a file that is
+    another's directory. `what` names the archive.
+    """
+    import stat
+    found, kinds, seen = [], {}, set()       # type: ignore
+    for info in infos:
+        name, bits = info.filename.rstrip("/"), info.external_attr >> 16
+        kinds_of = {stat.S_IFDIR: "dir", stat.S_IFLNK: "link", stat.S_IFREG: "file", 0: "file"}
+        kind = kinds_of.get(stat.S_IFMT(bits))
+        kind = "dir" if info.filename.endswith("/") and kind else kind
+        parts = name.split("/")
+        if "\\" in name or "\0" in info.orig_filename or {"", ".", ".."} & set(parts):
+            raise C2Error(f"{what}: {info.orig_filename!r} is not a path inside the release; pack it again")
+        if kind is None:
+            raise C2Error(f"{what}: {name} is a device or the like, which a release can't hold")
+        if info.flag_bits & 1:
+            raise C2Error(f"{what}: {name} is encrypted; pack the release without a password")
+        if name in seen or kinds.get(name, kind) != kind:
+            raise C2Error(f"{what}: {name} is in the archive twice")
+        above = next(("/".join(parts[:i]) for i in range(1, len(parts))
+                      if kinds.get("/".join(parts[:i]), "dir") != "dir"), None)
+        if above:
+            raise C2Error(f"{what}: {above} is a {kinds[above]} and a directory too")
+        kinds[name] = kind
+        seen.add(name)
+        for i in range(1, len(parts)):
+            kinds.setdefault("/".join(parts[:i]), "dir")
+        found.append(Member(name, kind, bits & 0o777, info))
+    return found
+
+
+def check_link(name: str, target: str, what: str) -> None:
+    """Raise unless a symbolic link stays inside: a relative target that goes up no further than the root, and
+    only at its beginning, since after another link ".." would not lead where it seems to."""
+    parts = [part for part in target.split("/") if part not in ("", ".")]
+    up = next((i for i, part in enumerate(parts) if part != ".."), len(parts))
+    if target.startswith("/") or "\0" in target or ".." in parts[up:] or up > name.count("/") or not parts:
+        raise C2Error(f"{what}: the link {name} -> {target} leads out of the release")
+
+
+def unpack_archive(path: str, directory: str, what: str) -> None:
+    """Unpack a zip archive into a new directory, with the modes it gives (absent: 0644, directories 0755)."""
+    import zipfile
+    import zlib
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive_members(archive.infolist(), what)
+            size = sum(m.info.file_size for m in members)
+            disk = os.statvfs(os.path.dirname(directory))
+            if size + 4096 * len(members) > disk.f_bavail * disk.f_frsize:
+                raise C2Error(f"{what}: unpacked it takes {size >> 20} MB, but {os.path.dirname(directory)} "
+                              f"has only {disk.f_bavail * disk.f_frsize >> 20} MB free; remove old deploys")
+            make_dir(directory)
+            write_members(archive, members, directory, what)
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError) as e:
+        raise C2Error(f"{what} is not a sound zip archive: {e}; pack or upload it again") from None
+
+
+def write_members(archive: Any, members: List[Member], directory: str, what: str) -> None:
+    import shutil
+    for member in members:
+        to = os.path.join(directory, member.name)
+        make_dir(to if member.kind == "dir" else os.path.dirname(to))
+        if member.kind == "file":
+            with archive.open(member.info) as source, open(to, "xb") as f:
+                shutil.copyfileobj(source, f, 1 << 20)
+                os.fchmod(f.fileno(), member.mode or 0o644)
+    for member in members:      # links last, so that nothing is written through one
+        if member.kind == "link":
+            if member.info.file_size > 4096:
+                raise C2Error(f"{what}: the link {member.name} has a target of {member.info.file_size} bytes")
+            target = archive.read(member.info).decode("utf-8", "surrogateescape")
+            check_link(member.name, target, what)
+            os.symlink(target, os.path.join(directory, member.name))
+    for member in reversed(members):
+        if member.kind == "dir":
+            os.chmod(os.path.join(directory, member.name), (member.mode or 0o755) | 0o700)
+
+
+def read_release(directory: str, warn: Callable[[str], None] = lambda message: None) -> Release:
+    """release.json of an unpacked release; an unknown key in it is only warned of."""
+    path = os.path.join(directory, "release.json")
+    value = load_json(path, path)
+    if isinstance(value, dict):
+        for key in sorted(set(value) - {camel(field) for field in Release._fields}):
+            known = [camel(field) for field in Release._fields]
+            warn(f"release.json: c2 does not know the key {key}{nearest(key, known)}")
+    try:
+        return record(Release, strict=False)(value, At("", "", warn))
+    except ConfigError as e:
+        raise C2Error(f"{path}: {e}") from None
+
+
+class Partials(dict):
+    """The partials beside a template: NAME is the file NAME, or NAME with .mustache, in its directory."""
+
+    def __init__(self, directory: str) -> None:
+        super().__init__()
+        self.directory = directory
+
+    def __missing__(self, name: str) -> str:
+        for file in (name, name + ".mustache"):
+            path = os.path.join(self.directory, file)
+            if inside(path, self.directory) and os.path.isfile(path):
+                return read_file(path) or ""
+        raise KeyError(name)
+
+
+def inside(path: str, directory: str) -> bool:
+    root = os.path.realpath(directory)
+    return os.path.realpath(path).startswith(root.rstrip("/") + "/")
+
+
+def expand_file(template: str, to: str, context: dict, warn: Callable[[str], None], shown: str) -> None:
+    """Expand a template file to the file `to`, which takes its mode; `shown` names it in messages."""
+    source = read_file(template)
+    if source is None:
+        raise C2Error(f"there is no template {shown}")
+    replace_file(to, render_template(source, context, Partials(os.path.dirname(template)), shown, warn),
+                 os.stat(template).st_mode & 0o777)
+
+
+def prepare_release(host: Host, name: str, directory: str, context: dict) -> Release:
+    """Download a release, unpack it into the new `directory` and expand its templates; run nothing."""
+    store = release_store(host.config)
+    what = f"the release {name}"
+    archive = directory + ".zip"
+    host.log.info("fetch", f"fetching {name} from {store.label}", release=name)
+
+    def warn(message: str) -> None:
+        host.log.warn("template", f"{name}: {message}", release=name)
+    try:
+        try:
+            store.fetch(name, archive)
+        except Missing:
+            require_release(host.config, name)
+            raise
+        unpack_archive(archive, directory, what)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(archive)
+    if not os.path.exists(os.path.join(directory, "release.json")):
+        tops = os.listdir(directory)
+        nested = len(tops) == 1 and os.path.exists(os.path.join(directory, tops[0], "release.json"))
+        raise C2Error(f"{what} has no release.json at its root" + (
+            f", but one in the folder {tops[0]}; pack what is in that folder, not the folder" if nested else
+            "; it says which commands start and stop the release"))
+    release = read_release(directory, warn)
+    sources = {}
+    for key, path in release.config_sources.items():
+        sources[key] = load_json(inner_path(directory, path, what), f"{what}: configSources.{key}")
+        host.log.add_secrets(secret_values(sources[key]))
+    merged = dict(sources, **context)
+    for path in release.templates:
+        template = inner_path(directory, path, what)
+        to = os.path.splitext(template)[0]
+        if to == template:
+            raise C2Error(f"{what}: the template {path} has no extension to take off; call it {path}.tpl")
+        expand_file(template, to, merged, warn, path)
+    return release
+
+
+def inner_path(directory: str, path: str, what: str) -> str:
+    """The path of a file inside an unpacked release; C2Error when it is not there or not inside."""
+    full = os.path.normpath(os.path.join(directory, path))
+    if not inside(full, directory):
+        raise C2Error(f"{what}: {path} in release.json is not inside the release")
+    if not os.path.isfile(full):
+        raise C2Error(f"{what}: release.json names {path}, which is not in the archive")
+    return full
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Ports: who listens, who answers, who is still connected
+# ----------------------------------------------------------------------------------------------------------
+
+def listening(port: int) -> bool:
+    import socket
+    with socket.socket() as s:
+        s.settimeout(2)
+        return s.connect_ex(("127.0.0.1", port)) == 0
+
+
+def port_taken(port: int) -> bool:
+    """Whether something on this machine holds the port, on whatever address."""
+    import socket
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            s.bind(("", port))
+            return False
+        except OSError:
+            return True
+
+
+def http_get(port: int, path: str, host: str = "localhost", timeout: float = 3) -> Optional[tuple]:
+    """(status, body) of the answer to a GET on 127.0.0.1, None without an HTTP answer within `timeout`
+    seconds."""
+    import socket
+    request = f"GET {path} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: c2/{VERSION}\r\nConnection: close\r\n\r\n"
+    deadline, answer = time.monotonic() + timeout, b""
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout) as s:
+            s.sendall(request.encode())
+            while len(answer) < 65536 and time.monotonic() < deadline:
+                s.settimeout(max(0.01, deadline - time.monotonic()))
+                chunk = s.recv(65536)
+                if not chunk:
+                    break
+                answer += chunk
+    except OSError:
+        pass
+    head = re.match(rb"HTTP/1\.[01] (\d{3})", answer)
+    return (int(head.group(1)), answer.partition(b"\r\n\r\n")[2].decode("utf-8", "replace")) if head else None
+
+
+def ready(mode: ProxyMode, port: int, timeout: float = 3) -> bool:
+    """Whether a deploy is ready: any HTTP answer, or 2xx/3xx on readyPath. An accepted connection proves
+    nothing behind docker's port proxy, which accepts before the app does."""
+    answer = http_get(port, mode.ready_path or "/", timeout=timeout)
+    return answer is not None and (not mode.ready_path or 200 <= answer[0] < 400)
+
+
+def await_ready(mode: ProxyMode, port: int) -> bool:
+    deadline = time.monotonic() + mode.ready_timeout_secs
+    while True:
+        left = deadline - time.monotonic()
+        if ready(mode, port, max(0.5, min(3.0, left))):
+            return True
+        if left <= 0:
+            return False
+        time.sleep(0.1)
+
+
+def connections_to(port: int) -> int:
+    """How many TCP connections from this machine to this port are open or being opened (proc(5),
+    tcp_states.h)."""
+    suffix, count = f":{port:04X}", 0
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(OSError):
+            with open(table, encoding="ascii") as f:
+                for line in f:
+                    fields = line.split(None, 4)
+                    count += fields[2].endswith(suffix) and fields[3] in ("01", "02")
+    return count
+
+
+def drain(host: Host, deploy: Deploy) -> None:
+    """Wait, at most drainTimeoutSecs, until nothing is connected to the deploy's port any more."""
+    config, began = host.config, time.monotonic()
+    deadline = began + config.proxy.drain_timeout_secs
+    live = config.proxy_path("live")
+    recent = os.path.isdir(live) and abs(time.time() - os.stat(live).st_mtime) < RECENT_SECS
+    hold, since, told = LINGER_SECS if recent else 0.1, None, False
+    while time.monotonic() < deadline:
+        count = connections_to(deploy.port)
+        since = None if count else since or time.monotonic()
+        if since and time.monotonic() - since >= hold:
+            return
+        if count and not told and time.monotonic() - began > 1:
+            told = True
+            say(f"{deploy.label}: waiting for {count} connections to port {deploy.port} to end, at most "
+                f"{config.proxy.drain_timeout_secs:g} s (drainTimeoutSecs)")
+        time.sleep(0.05)
+    if connections_to(deploy.port):
+        host.log.warn("drain", f"{deploy.label}: {connections_to(deploy.port)} connections are still open "
+                      f"after {config.proxy.drain_timeout_secs:g} s (drainTimeoutSecs); they are cut",
+                      deploy=deploy.label)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The proxy: nginx in its container
+# ----------------------------------------------------------------------------------------------------------
+
+class Container(NamedTuple):
+    """What the engine says of the proxy's container; `directory` is where its compose file lies."""
+
+    running: bool = False
+    directory: str = ""
+
+
+def compose(host: Host, *args: str, timeout: float = DOCKER_TIMEOUT_SECS) -> str:
+    directory = host.config.proxy_path()
+    return run(["docker", "compose", "-p", compose_project_name(host.config), "-f",
+                os.path.join(directory, "docker-compose.yml"), *args], timeout=timeout, cwd=directory)
+
+
+def inspect_proxy(host: Host) -> Container:
+    """The proxy's container; Refused when one of that name belongs to something else."""
+    config, name = host.config, host.config.proxy.container_name
+    try:
+        answer = run(["docker", "inspect", "--type", "container", "-f",
+                      '{{.State.Running}} {{.State.Restarting}} {{index .Config.Labels '
+                      '"com.docker.compose.project.working_dir"}}', name])
+    except CommandFailed as e:
+        if "no such" in e.output.lower():
+            return Container()
+        raise
+    running, restarting, directory = (answer.strip() + "  ").split(" ", 2)
+    if os.path.realpath(directory.strip()) != os.path.realpath(config.proxy_path()):
+        raise Refused(f"the container {name} belongs to {directory.strip() or 'no compose project'}, not to "
+                      f"{config.proxy_path()}; remove it, or set deployMode.proxy.containerName")
+    return Container(running == "true" and restarting != "true", directory.strip())
+
+
+def proxy_workers(host: Host) -> Dict[str, bool]:
+    """nginx's worker processes: pid -> whether it is shutting down."""
+    lines = run(["docker", "top", host.config.proxy.container_name, "-eo", "pid,args"]).splitlines()
+    return {line.split()[0]: "is shutting down" in line for line in lines if "nginx: worker process" in line}
+
+
+def reload_proxy(host: Host) -> None:
+    """Make nginx read its configuration; C2Error when it has not taken it.
+
+    The exit codes of `docker kill` and `nginx -s reload` say nothing of that. It has when there is a worker
+    that was not there before, and every other one is shutting down.
+    """
+    before = set(proxy_workers(host))
+    run(["docker", "kill", "-s", "HUP", host.config.proxy.container_name])
+    deadline = time.monotonic() + RELOAD_TIMEOUT_SECS
+    while time.monotonic() < deadline:
+        active = {pid for pid, leaving in proxy_workers(host).items() if not leaving}
+        if active and not active & before:
+            return
+        time.sleep(0.05)
+    raise C2Error(f"nginx has not taken its new configuration: {proxy_words(host)}")
+
+
+def proxy_words(host: Host) -> str:
+    """The last complaints of nginx."""
+    name = host.config.proxy.container_name
+    try:
+        said = run(["docker", "logs", "--tail", "50", name], merge=True)
+    except C2Error as e:
+        return str(e)
+    words = [line for line in said.splitlines() if re.search(r"\[(emerg|alert|crit)\]", line)]
+    return tail("\n".join(words), 3) or f"it says nothing; look at docker logs {name}"
+
+
+def certificates(config: Config) -> Dict[str, tuple]:
+    """The certificate and key, as the container sees them, of each https endpoint that has one."""
+    found = {}
+    live = os.path.join(config.letsencrypt_prefix_dir, "etc/letsencrypt/live", config.auto_cert_name)
+    for name, end_point in config.end_points.items():
+        if end_point.certificate and end_point.certificate.name == "generated":
+            pair = os.path.join(live, "fullchain.pem"), os.path.join(live, "privkey.pem")
+            if all(os.path.exists(path) for path in pair):
+                found[name] = pair
+    return found
+
+
+def render_nginx(config: Config, context: dict) -> str:
+    path = config.proxy.nginx_conf_template_path
+    if not path:
+        return render_template(NGINX_TEMPLATE, context, None, "the built-in nginx template")
+    source = read_file(path)
+    if source is None:
+        raise ConfigError(f"deployMode.proxy.nginxConfTemplatePath: there is no file {path}")
+    return render_template(source, context, Partials(os.path.dirname(path)), path)
+
+
+def lay_out_proxy(config: Config, state: State) -> None:
+    """Make the directories and port files that the container mounts, readable by nginx's user whatever the
+    umask."""
+    for name in PROXY_DIRS:
+        make_dir(config.proxy_path(name), 0o711 if name == "certs" else 0o755)
+    if any(e.certificate for e in config.end_points.values()):
+        make_dir(os.path.join(config.letsencrypt_prefix_dir, "etc/letsencrypt"))
+        make_dir(config.letsencrypt_www_dir)
+    for target in ["../ports/none", *routes(config, state).values()]:
+        path = config.proxy_path("live", target)
+        if not os.path.exists(path):
+            replace_file(os.path.normpath(path), "")
+
+
+def set_links(config: Config, table: Dict[str, str]) -> Dict[str, Optional[str]]:
+    """Point the links in live/ where `table` says, and remove others; returns what was there before, to go
+    back to.
+
+    This is the switch: each rename takes effect at nginx's next request.
+    """
+    live = config.proxy_path("live")
+    names = {name for name in os.listdir(live) if not name.endswith(".tmp")} | set(table)
+    before = {name: read_link(os.path.join(live, name)) for name in names}
+    for name in sorted(names):
+        if before[name] != table.get(name):
+            replace_link(os.path.join(live, name), table.get(name))
+    return before
+
+
+def install_nginx_conf(host: Host, conf: str, running: bool) -> Callable[[], None]:
+    """Test a configuration inside the proxy's image, then put it in place; returns what takes it back.
+
+    Raises C2Error with nginx's own words when it fails the test; then nothing has changed. The tested
+    candidate stays until nginx is known to serve it: where there is one, a reload is due.
+    """
+    config = host.config
+    live, candidate = config.proxy_path("conf", "nginx.conf"), config.proxy_path("conf", "candidate.conf")
+    before, test = read_file(live), ["sh", "-c", f"{NGINX_LINKS}; {show_args(NGINX_TEST)}"]
+    replace_file(candidate, conf)
+    try:
+        compose(host, *(["exec", "-T"] if running else ["run", "--rm", "-T", "--no-deps"]), "nginx", *test)
+    except BaseException as e:
+        os.unlink(candidate)
+        words = [line for line in getattr(e, "output", "").splitlines() if "[emerg]" in line]
+        if not words:
+            raise
+        source = config.proxy.nginx_conf_template_path or "the built-in template"
+        raise C2Error(f"nginx refuses the configuration made from {source}, and what it had stays in use: "
+                      + tail("\n".join(words), 3)) from None
+    replace_file(live, conf)
+
+    def take_back() -> None:
+        replace_file(live, before) if before is not None else os.unlink(live)
+        if running:
+            run(["docker", "kill", "-s", "HUP", config.proxy.container_name])
+        os.unlink(candidate)
+    return take_back
+
+
+def route(host: Host, state: State, start: bool = True) -> None:
+    """Make the proxy serve the connections of `state`; C2Error, and all as before, when it can't.
+
+    start: bring the proxy up if it does not run. The switch itself is the rename of links; nginx reloads only
+    when its rendered configuration has changed.
+    """
+    config = host.config
+    container = inspect_proxy(host)
+    context = nginx_context(config, state, certificates(config))
+    conf, layout = render_nginx(config, context), compose_file(config)
+    layout_path = config.proxy_path("docker-compose.yml")
+    candidate = config.proxy_path("conf", "candidate.conf")
+    lay_out_proxy(config, state)
+    old_layout = read_file(layout_path)
+    rebuild = container.running and old_layout != layout
+    reload_due = conf != read_file(config.proxy_path("conf", "nginx.conf")) or os.path.exists(candidate)
+    if rebuild:
+        host.log.warn("proxy", "the proxy's image, name or directories have changed: its container is made "
+                      "anew, which refuses connections for a few seconds")
+    with undo_on_failure() as undo:
+        if old_layout != layout:
+            replace_file(layout_path, layout)
+            undo.append(lambda: replace_file(layout_path, old_layout) if old_layout is not None else None)
+        runs = container.running and not rebuild
+        if (start or container.running) and (reload_due or not runs):
+            undo.append(install_nginx_conf(host, conf, runs))
+        before = set_links(config, routes(config, state))
+        undo.append(lambda: set_links(config, {k: v for k, v in before.items() if v}))
+        if runs and reload_due:
+            reload_proxy(host)
+            host.log.info("reload", "nginx serves its new configuration")
+        elif not runs and (start or rebuild):
+            host.log.info("proxy", "bringing the proxy up")
+            if not container.directory:
+                undo.append(lambda: compose(host, "down"))
+            compose(host, "up", "-d", "nginx")
+        if start or container.running:
+            verify(host, state, conf, fresh=not runs)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(candidate)
+    replace_file(config.proxy_path("nginx.ctx.json"), json.dumps(context, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def undo_on_failure() -> Any:
+    """Collect functions that take back what has been done; they are called, the last first, when the body
+    fails."""
+    undo = []       # type: List[Callable[[], Any]]
+    try:
+        yield undo
+    except BaseException:
+        with uninterruptible():
+            for take_back in reversed(undo):
+                try:
+                    take_back()
+                except (C2Error, OSError) as e:
+                    say(f"warning: while putting things back: {e}")
+        raise
+
+
+def verify(host: Host, state: State, conf: str, fresh: bool) -> None:
+    """Ask the engine whether the proxy runs, and nginx which port each endpoint has; C2Error when it is
+    wrong."""
+    config, deadline = host.config, time.monotonic() + ASK_TIMEOUT_SECS
+    if fresh:
+        time.sleep(0.2)      # a configuration that fails takes nginx down within some 100 ms of its start
+    if not inspect_proxy(host).running:
+        raise C2Error(f"the proxy does not run: {proxy_words(host)}")
+    if "/.c2/port" not in conf:
+        return      # an own template: the reload has been verified by the workers
+    for name, end_point in sorted(config.end_points.items()):
+        host_name = re.sub(r"^\*?\.", "c2.", end_point.server_names[0]).replace(".*", ".c2")
+        want = str(port_of(state, name) or "")
+        while True:
+            answer = http_get(config.proxy.http_port, "/.c2/port", host_name, timeout=1)
+            if answer and answer[0] == 200 and answer[1] == f"port={want}":
+                break
+            if time.monotonic() > deadline:
+                if answer and answer[1].startswith("port="):
+                    raise C2Error(f"nginx has {answer[1]} for {name}, not {want or 'none'}; it looks at "
+                                  "another directory; c2 shutdown-frontend-proxy, then c2 connect again")
+                if not inspect_proxy(host).running:
+                    raise C2Error(f"the proxy does not stay up: {proxy_words(host)}")
+                host.log.warn("verify", f"nginx does not say on port {config.proxy.http_port} where {name} "
+                              "points; c2 can't tell whether the switch has happened", endpoint=name)
+                break
+            time.sleep(0.05)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The executor: one action at a time, each recoverable from a kill at any instant
+# ----------------------------------------------------------------------------------------------------------
+
+def execute(host: Host, journal: Journal, action: Any, state: State) -> None:
+    """Do what an action says; raises when it could not be done, and what it changed is then put right by
+    `undo`."""
+    if isinstance(action, Create):
+        launch(host, journal, action.deploy, None)
+    elif isinstance(action, Replace):
+        launch(host, journal, action.deploy, action.old)
+    elif isinstance(action, Restart):
+        restart(host, journal, action.deploy)
+    elif isinstance(action, Destroy):
+        destroy(host, journal, action.deploy, action.force)
+    else:
+        journal.step("switch")
+        route(host, next_state(action, state), start=isinstance(action, Connect))
+
+
+def launch(host: Host, journal: Journal, deploy: Deploy, old: Optional[Deploy]) -> None:
+    """Prepare a deploy in staging; only then stop `old`, move the new one into its place and start it."""
+    config = host.config
+    journal.step("prepare")
+    staging, place = config.path(".staging", deploy.label), config.path(deploy.label)
+    make_dir(config.path(".staging"), 0o711)
+    if not (old and old.label == deploy.label):
+        remove_tree(output_path(config, deploy.label))
+    fetch_context(host)
+    prepare_release(host, deploy.release, staging, deploy_context(host, deploy))
+    run_command(host, journal, deploy, "prestart", staging)
+    if old:
+        journal.step("stop-old")
+        try:
+            run_command(host, journal, old, "stop", config.path(old.label))
+        except C2Error as e:
+            host.log.warn("stop-failed", f"{e}; going on with the start of {deploy.label}", deploy=old.label,
+                          output=getattr(e, "output", ""))
+    journal.step("swap", kept=os.path.lexists(place))
+    make_dir(config.path(".old"), 0o711)
+    if os.path.lexists(place):
+        os.rename(place, config.path(".old", deploy.label))
+    os.rename(staging, place)
+    if not config.proxy:
+        replace_link(config.path("current"), deploy.label)
+    journal.step("start")
+    run_command(host, journal, deploy, "start", place)
+
+
+def deploy_context(host: Host, deploy: Deploy) -> dict:
+    """The template context of a deploy: the config sources, and its ports in proxy mode."""
+    context = load_context(host)
+    if not host.config.proxy:
+        return context
+    ports = ports_context(deploy.port, host.config.proxy.dynamic_port_range)
+    if len(ports) < 5:
+        host.log.warn("ports", f"{deploy.label}: there are no ports.extra{len(ports)} to extra4, since they "
+                      "would lie above 65535; lower dynamicPortRange if a template needs them")
+    return dict(context, ports=ports)
+
+
+def undo_launch(host: Host, journal: Journal, deploy: Deploy, old: Optional[Deploy]) -> None:
+    """Take an unfinished start back, from whatever step it was in: its steps backwards, and `old` started
+    again."""
+    config, place = host.config, host.config.path(deploy.label)
+    if journal.record["step"] == "start":
+        try:
+            run_command(host, journal, deploy, "stop", place)
+        except (C2Error, OSError) as e:
+            host.log.warn("undo", f"{e}; something of it may be left running", deploy=deploy.label)
+        journal.step("swap")
+    if journal.record["step"] == "swap":
+        aside = config.path(".old", deploy.label)
+        if os.path.lexists(aside) or not journal.record["kept"]:
+            remove_tree(place)
+        if os.path.lexists(aside):
+            os.rename(aside, place)
+        if not config.proxy:
+            replace_link(config.path("current"), old.label if old else None)
+        journal.step("stop-old")
+    if journal.record["step"] == "stop-old" and old:
+        run_command(host, journal, old, "start", config.path(old.label))
+        host.log.warn("undo", f"{old.label} ({old.release}) has been started again", deploy=old.label,
+                      release=old.release)
+    remove_tree(config.path(".staging", deploy.label))
+
+
+def restart(host: Host, journal: Journal, deploy: Deploy) -> None:
+    """Stop and start a deploy that should run and doesn't, in its place."""
+    place = host.config.path(deploy.label)
+    if not os.path.isdir(place):
+        return launch(host, journal, deploy, None)
+    journal.step("stop-first")
+    try:
+        run_command(host, journal, deploy, "stop", place)
+    except CommandFailed as e:
+        host.log.warn("stop-failed", f"{e}; starting it all the same", deploy=deploy.label, output=e.output)
+    journal.step("start-again")
+    run_command(host, journal, deploy, "start", place)
+
+
+def destroy(host: Host, journal: Journal, deploy: Deploy, force: bool) -> None:
+    """Drain, stop and remove a deploy; without the proxy its directory stays."""
+    config, place = host.config, host.config.path(deploy.label)
+    if journal.record.get("step") != "remove":
+        journal.step("drain")
+        if config.proxy:
+            drain(host, deploy)
+        journal.step("stop")
+        try:
+            if os.path.isdir(place) or not force:
+                run_command(host, journal, deploy, "stop", place)
+        except C2Error as e:
+            if not force:
+                raise CommandFailed(f"{e}; {deploy.label} stays: mend it and stop it again, or remove it all "
+                                    f"the same with c2 stop --force {deploy.label}",
+                                    output=getattr(e, "output", "")) from None
+            host.log.warn("stop-failed", f"{e}; removing it all the same", deploy=deploy.label,
+                          output=getattr(e, "output", ""))
+    journal.step("remove")
+    if config.proxy:
+        remove_tree(place)
+        remove_tree(output_path(config, deploy.label))
+    else:
+        replace_link(config.path("current"), None)
+
+
+def undo(host: Host, journal: Journal) -> None:
+    """Take back what an unfinished action did, and forget it. A stop is not taken back: it can be run
+    again."""
+    action = journal.action
+    if "step" in journal.record and isinstance(action, (Create, Replace, Restart)):
+        undo_launch(host, journal, action.deploy, getattr(action, "old", None))
+    journal.clear()
+
+
+def new_journal(host: Host, action: Any) -> Journal:
+    record = {"action": encode_action(action), "command": host.log.command, "since": utc_now()}
+    return Journal(host.config.proxy_path("journal.json"), record)
+
+
+def carry_out(host: Host, actions: list, state: State) -> State:
+    """Execute actions one after the other, saving the state after each; the first that fails is undone and
+    raised."""
+    for action in actions:
+        journal = new_journal(host, action)
+        told = describe(action, state)
+        host.log.info("begin", told["message"], **told["fields"])
+        began = time.monotonic()
+        try:
+            execute(host, journal, action, state)
+            journal.step("done")
+        except BaseException as e:
+            with uninterruptible():
+                reason = str(e) if isinstance(e, (C2Error, OSError)) else "interrupted"
+                host.log.event("error", "failed", f"{told['done']} failed: {reason}",
+                               exit=getattr(e, "exit", None), output=getattr(e, "output", ""),
+                               **told["fields"])
+                try:
+                    undo(host, journal)
+                except (C2Error, OSError) as again:
+                    raise C2Error(f"{reason}; and it could not be taken back: {again}; the next c2 command "
+                                  "tries that again") from None
+            raise
+        with uninterruptible():
+            state = settle(host, journal, state)
+        spent = round(time.monotonic() - began, 3)
+        host.log.info("done", f"{told['done']} done", seconds=spent, **told["fields"])
+    return state
+
+
+def settle(host: Host, journal: Journal, state: State) -> State:
+    """Record a finished action: the state first, then what is not needed any more, then the journal goes."""
+    config, action = host.config, journal.action
+    state = next_state(action, state, utc_now())
+    save_state(config, state)
+    if isinstance(action, Replace) and config.proxy and action.old.label != action.deploy.label:
+        remove_tree(config.path(action.old.label))
+        remove_tree(output_path(config, action.old.label))
+    journal.clear()
+    tidy(config)
+    return state
+
+
+def tidy(config: Config) -> None:
+    """Remove what staging and replaced deploys left, but for what a failed recovery still needs."""
+    kept = {name[:-len(".json")] for name in list_dir(config.proxy_path("blocked"))}
+    for place in (".staging", ".old"):
+        for name in list_dir(config.path(place)):
+            if name not in kept:
+                remove_tree(config.path(place, name))
+
+
+def list_dir(path: str) -> List[str]:
+    try:
+        return sorted(os.listdir(path))
+    except FileNotFoundError:
+        return []
+
+
+def describe(action: Any, state: State) -> dict:
+    """An action in words, and as fields of the log."""
+    if isinstance(action, (Connect, Disconnect)):
+        to = f" to {action.label}" if isinstance(action, Connect) else ""
+        kind = "connect" if to else "disconnect"
+        fields = {"endpoint": action.end_point, "deploy": getattr(action, "label", None)}
+        what = f"{action.end_point}{to}"
+        return {"message": f"{kind}ing {what}", "done": f"{kind} {what}", "fields": fields}
+    deploy = action.deploy
+    kinds = {Create: "start", Replace: "start", Restart: "restart", Destroy: "stop"}
+    kind = kinds[type(action)]
+    shown = {"start": "starting", "restart": "starting again", "stop": "stopping"}[kind]
+    port = f" on port {deploy.port}" if deploy.port and kind != "stop" else ""
+    instead = f" in place of {action.old.label} ({action.old.release})" if isinstance(action, Replace) else ""
+    fields = {"deploy": deploy.label, "release": deploy.release, "port": deploy.port or None}
+    return {"message": f"{shown} {deploy.label} ({deploy.release}){port}{instead}",
+            "done": f"{kind} {deploy.label}{port}", "fields": fields}
+
+
+def recover(host: Host) -> None:
+    """Put right what a killed command left: undo an unfinished start, finish an unfinished stop, connect or
+    disconnect.
+
+    Raises C2Error when that fails; the label concerned is then blocked, and others are free at the next
+    command.
+    """
+    journal = read_journal(host.config.proxy_path("journal.json"))
+    if not journal:
+        return tidy(host.config)
+    action, doing = journal.action, journal.doing
+    host.log.warn("recover", f"the last command was killed: {doing}; putting that right first")
+    if end_left_over(journal.record.get("group")):
+        host.log.warn("recover", "ended the command that it left running")
+    try:
+        with uninterruptible():
+            state = load_state(host.config)
+            if journal.record["step"] == "done":
+                settle(host, journal, state)
+            elif isinstance(action, (Create, Replace, Restart)):
+                undo(host, journal)
+            else:
+                execute(host, journal, action, state)
+                settle(host, journal, state)
+    except (C2Error, OSError) as e:
+        subject = getattr(action, "end_point", None) or action.deploy.label
+        make_dir(host.config.proxy_path("blocked"))
+        os.replace(journal.path, host.config.proxy_path("blocked", f"{subject}.json"))
+        switch = isinstance(action, (Connect, Disconnect))
+        clear = "" if switch else f", or clear it with c2 stop --force {subject}"
+        raise C2Error(f"could not put right what was killed ({doing}): {e}; {subject} is blocked: mend the "
+                      f"cause and try again{clear}") from None
+    host.log.info("recovered", f"put right: {doing}")
+
+
+def unblock(host: Host, subject: str) -> None:
+    """Try the recovery again that blocks this label or endpoint, if one does."""
+    path = host.config.proxy_path("blocked", f"{subject}.json")
+    if os.path.exists(path):
+        os.replace(path, host.config.proxy_path("journal.json"))
+        recover(host)
+
+
+@contextlib.contextmanager
+def changing(host: Host, wait: float, **about: Any) -> Any:
+    """Hold the lock, with what killed commands left put right; for commands that change the host."""
+    with locked(host, wait, **about) as cancelled:
+        recover(host)
+        yield cancelled
+
+
+def host_state(config: Config) -> State:
+    """The state; where camus2 left a running release and none, without the proxy, the one that `current`
+    tells."""
+    current = read_link(config.path("current"))
+    if config.proxy or not current or os.path.exists(config.proxy_path("state.json")):
+        return load_state(config)
+    name = os.path.basename(current)
+    return State(deploys={name: Deploy(name, f"{name}.zip", 0)}) if re.fullmatch(LABEL, name) else State()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Commands: each takes the host and the parsed arguments
+# ----------------------------------------------------------------------------------------------------------
+
+def require_proxy(config: Config, what: str) -> ProxyMode:
+    if not config.proxy:
+        raise ConfigError(f"{what} needs the proxy, but deployMode is noproxy; see c2 help")
+    return config.proxy
+
+
+def cmd_start(host: Host, args: Any) -> None:
+    start_release(host, args.release, args.deploy or stem(args.release), args.lock_wait)
+
+
+def start_release(host: Host, release: str, name: str, wait: float) -> None:
+    config = host.config
+    release_name(release, At("RELEASE", "", say))
+    check_label(name, State())
+    with changing(host, wait, verb="start", deploy=name, release=release):
+        unblock(host, name)
+        state = host_state(config)
+        deploy = state.deploys.get(name, Deploy("", "", 0))
+        if deploy.release != release:
+            ports = {d.port for d in state.deploys.values()}
+            port = next_port(config.proxy.dynamic_port_range, state.last_port,
+                             lambda p: p in ports or port_taken(p)) if config.proxy else 0
+            deploy = Deploy(name, release, port)
+        actions = start_actions(state, deploy, lambda d: listening(d.port))
+        if actions:
+            carry_out(host, actions, state)
+        else:
+            say(f"{name} ({release}) runs already, on port {deploy.port}")
+
+
+def cmd_stop(host: Host, args: Any) -> None:
+    config, begun = host.config, {}
+
+    def cancels(holder: dict) -> bool:
+        names = (holder.get("deploy"), holder.get("release"), stem(str(holder.get("release"))))
+        begun.update(holder)
+        return holder.get("verb") == "start" and args.deploy in names
+    with changing(host, args.lock_wait, cancels=cancels, verb="stop", deploy=args.deploy) as cancelled:
+        state = host_state(config)
+        if cancelled and getattr(state.deploys.get(begun["deploy"]), "release", None) != begun["release"]:
+            host.log.info("cancelled", f"the start of {begun['deploy']} ({begun['release']}) was cancelled",
+                          deploy=begun["deploy"], release=begun["release"])
+            return
+        blocked = config.proxy_path("blocked", f"{args.deploy}.json")
+        if args.force and re.fullmatch(LABEL, args.deploy) and os.path.exists(blocked):
+            os.unlink(blocked)
+            host.log.warn("unblock", f"{args.deploy} is not blocked any more", deploy=args.deploy)
+            if args.deploy not in state.deploys:
+                remove_tree(config.path(args.deploy))
+                return tidy(config)
+        actions = stop_actions(state, args.deploy, args.force)
+        unblock(host, actions[0].deploy.label)
+        carry_out(host, actions, state)
+
+
+def cmd_connect(host: Host, args: Any) -> None:
+    require_proxy(host.config, "connect")
+    end_point = find_end_point(host.config, args.end_point)
+    with changing(host, args.lock_wait, verb="connect", endpoint=end_point):
+        unblock(host, end_point)
+        state = load_state(host.config)
+        connect(host, state, end_point, find_deploy(state, args.deploy), args.force)
+
+
+def connect(host: Host, state: State, end_point: str, deploy: Deploy, force: bool) -> None:
+    """Point an endpoint at a deploy that is ready; a working deploy is never traded for a deaf one without
+    force."""
+    mode = host.config.proxy
+    if not await_ready(mode, deploy.port):
+        asked = f"GET {mode.ready_path or '/'} on port {deploy.port}"
+        problem = (f"{deploy.label} does not answer {asked} within {mode.ready_timeout_secs:g} s "
+                   "(readyTimeoutSecs)")
+        now = state.deploys.get(state.connections.get(end_point, ""))
+        if now and now != deploy and not force and ready(mode, now.port):
+            raise Refused(f"{problem}, and {end_point} stays on {now.label}, which does; look at its output "
+                          f"in {output_path(host.config, deploy.label)}, or insist with --force")
+        host.log.warn("not-ready", f"{problem}; connecting it all the same", endpoint=end_point,
+                      deploy=deploy.label)
+    carry_out(host, [Connect(end_point, deploy.label)], state)
+
+
+def cmd_disconnect(host: Host, args: Any) -> None:
+    require_proxy(host.config, "disconnect")
+    end_point = find_end_point(host.config, args.end_point)
+    with changing(host, args.lock_wait, verb="disconnect", endpoint=end_point):
+        unblock(host, end_point)
+        carry_out(host, [Disconnect(end_point)], load_state(host.config))
+
+
+def cmd_rollback(host: Host, args: Any) -> None:
+    config = host.config
+    if not config.proxy:
+        before = host_state(config).previous.get("current")
+        if args.end_point or not before:
+            raise Refused("without the proxy there are no endpoints; say c2 rollback" if args.end_point else
+                          "no other release has run before; there is nothing to go back to")
+        return start_release(host, before.release, before.label, args.lock_wait)
+    end_point = find_end_point(config, args.end_point)
+    with changing(host, args.lock_wait, verb="rollback", endpoint=end_point):
+        unblock(host, end_point)
+        state = load_state(config)
+        connect(host, state, end_point, rollback_target(state, end_point), args.force)
+
+
+def cmd_status(host: Host, args: Any) -> None:
+    config = host.config
+    state = host_state(config)
+    if args.json:
+        emit(json.dumps({"master": encode_state(state)}, indent=2) + "\n")
+        return
+    runs = {name: listening(deploy.port) for name, deploy in state.deploys.items() if deploy.port}
+    emit(status_text(config, state, runs) + "\n")
+    report_unfinished(config)
+
+
+def report_unfinished(config: Config) -> None:
+    """Say what is under way, or was killed and waits for the next command that changes something."""
+    journal = read_journal(config.proxy_path("journal.json"))
+    holder = read_holder(config)
+    if journal and holder and start_time(holder["pid"]) == holder.get("start"):
+        say(f"under way: {journal.doing}, pid {holder['pid']}, since {journal.record['since']}")
+    elif journal:
+        say(f"warning: killed: {journal.doing}; the next command that changes something puts it right first")
+    for name in list_dir(config.proxy_path("blocked")):
+        say(f"warning: {name[:-len('.json')]} is blocked: a recovery failed; see c2 show-log")
+
+
+def cmd_list_releases(host: Host, args: Any) -> None:
+    names = release_store(host.config).names()
+    listed = "".join(name + "\n" for name in names)
+    emit(json.dumps(names, indent=2, ensure_ascii=False) + "\n" if args.json else listed)
+
+
+def cmd_show_log(host: Host, args: Any) -> None:
+    from collections import deque
+    path = host.config.log_file
+
+    def shown(line: str) -> str:
+        try:
+            entry = json.loads(line)
+            where = f"{entry['time']} {entry['level']:7} {entry['command']}: {entry['message']}"
+            output = "".join(f"\n    | {o}" for o in entry.get("output", "").splitlines())
+            return where + output + "\n"
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return line
+    try:
+        with open(path, encoding="utf-8", errors="backslashreplace") as f:
+            for line in deque(f, args.number):
+                emit(line if args.json else shown(line))
+            while args.follow:
+                line = f.readline()
+                emit(line if args.json else shown(line)) if line else time.sleep(0.2)
+    except FileNotFoundError:
+        say(f"there is no log yet at {path}")
+
+
+def cmd_fetch_context(host: Host, args: Any) -> None:
+    fetch_context(host, args.retry)
+
+
+def cmd_unpack(host: Host, args: Any) -> None:
+    directory = os.path.abspath(args.dir)
+    if list_dir(directory):
+        raise C2Error(f"{directory} is not empty; give a new directory")
+    release_name(args.release, At("RELEASE", "", say))
+    fetch_context(host)
+    staging = f"{directory}.{os.getpid()}.tmp"
+    try:
+        make_dir(os.path.dirname(directory))
+        prepare_release(host, args.release, staging, load_context(host))
+        os.replace(staging, directory)
+    finally:
+        remove_tree(staging)
+    host.log.info("unpack", f"unpacked {args.release} into {directory}", release=args.release)
+
+
+def cmd_expand_template(host: Host, args: Any) -> None:
+    expand_file(args.template, args.out, load_context(host), lambda m: say(f"warning: {m}"), args.template)
+
+
+def cmd_show_default_nginx_config(host: None, args: Any) -> None:
+    emit(NGINX_TEMPLATE)
+
+
+def cmd_restart_frontend_proxy(host: Host, args: Any) -> None:
+    require_proxy(host.config, "restart-frontend-proxy")
+    with changing(host, args.lock_wait, verb="restart-frontend-proxy"):
+        route(host, load_state(host.config))
+        host.log.info("proxy", "the proxy runs and serves the state")
+
+
+def cmd_shutdown_frontend_proxy(host: Host, args: Any) -> None:
+    require_proxy(host.config, "shutdown-frontend-proxy")
+    with changing(host, args.lock_wait, verb="shutdown-frontend-proxy"):
+        if inspect_proxy(host).directory:
+            compose(host, "down")
+        host.log.info("proxy", "the proxy is down; c2 connect or c2 restart-frontend-proxy bring it up again")
+
+
+def cmd_aws_docker_login(host: Host, args: Any) -> None:
+    import base64
+    ids = ["--registry-ids", args.registry_id] if args.registry_id else []
+    data = json.loads(aws("ecr", "get-authorization-token", *ids, "--output", "json"))["authorizationData"]
+    user, _, password = base64.b64decode(data[0]["authorizationToken"]).decode().partition(":")
+    registry = re.sub("^https?://", "", data[0]["proxyEndpoint"])
+    emit(show_args(["docker", "login", "-u", user, "-p", password, registry]) + "\n")
+
+
+def cmd_help(host: None, args: Any) -> None:
+    emit(manual())
+
+
+def cmd_version(host: None, args: Any) -> None:
+    emit(VERSION + "\n")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The command line
+# ----------------------------------------------------------------------------------------------------------
+
+class Argument(NamedTuple):
+    """An argument of a command: its spellings and argparse's settings."""
+
+    names: tuple
+    settings: dict
+
+
+def argument(*names: str, **settings: Any) -> Argument:
+    return Argument(names, settings)
+
+
+class Command(NamedTuple):
+    """A command: its function, what it does in one line, an example, its arguments; `host`: whether it needs
+    one."""
+
+    function: Callable
+    summary: str
+    example: str
+    arguments: list = []
+    host: bool = True
+
+
+LOCK_WAIT = argument("--lock-wait", type=float, default=60, metavar="SECS",
+                     help="how long to wait for another c2 on this host (default: 60)")
+FORCE = argument("--force", action="store_true", help="connect even a deploy that does not answer")
+JSON = argument("--json", "--json-output", action="store_true", dest="json", help="print JSON")
+
+COMMANDS = {
+    "start": Command(cmd_start, "deploy a release", "c2 start web-1.4.zip", [
+        argument("release", metavar="RELEASE", help="its name in the store"),
+        argument("deploy", metavar="DEPLOY", nargs="?",
+                 help="label of the deploy (default: RELEASE less its extension)"),
+        LOCK_WAIT]),
+    "stop": Command(cmd_stop, "stop and remove a deploy; refused while an endpoint is connected to it",
+                    "c2 stop web-1.3", [
+                        argument("deploy", metavar="DEPLOY", help="its label, or its release"),
+                        argument("--force", action="store_true", help="even if its stop command fails"),
+                        LOCK_WAIT]),
+    "connect": Command(cmd_connect, "point an endpoint at a running deploy", "c2 connect main web-1.4", [
+        argument("end_point", metavar="ENDPOINT", nargs="?", help="may be left out when there is only one"),
+        argument("deploy", metavar="DEPLOY", help="its label, or its release"), FORCE, LOCK_WAIT]),
+    "disconnect": Command(cmd_disconnect, "take an endpoint off: it answers 503", "c2 disconnect main", [
+        argument("end_point", metavar="ENDPOINT"), LOCK_WAIT]),
+    "rollback": Command(cmd_rollback, "connect the endpoint to the deploy before; without the proxy: start "
+                        "the release before", "c2 rollback main", [
+                            argument("end_point", metavar="ENDPOINT", nargs="?",
+                                     help="may be left out when there is only one"), FORCE, LOCK_WAIT]),
+    "status": Command(cmd_status, "show endpoints and deploys", "c2 status", [JSON]),
+    "list-releases": Command(cmd_list_releases, "list the releases in the store, newest first",
+                             "c2 list-releases", [JSON]),
+    "show-log": Command(cmd_show_log, "show what c2 has done", "c2 show-log -n 20 --follow", [
+        argument("-n", type=int, dest="number", metavar="N", help="only the last N entries"),
+        argument("--follow", action="store_true", help="go on with new entries"),
+        argument("--json", action="store_true", help="print the entries as they are stored")]),
+    "fetch-context": Command(cmd_fetch_context, "download the config sources into the context cache",
+                             "c2 fetch-context --retry", [
+                                 argument("--retry", action="store_true", help="wait until they all exist")]),
+    "unpack": Command(cmd_unpack, "download, unpack and expand a release, and run nothing",
+                      "c2 unpack web-1.4.zip /tmp/look", [
+                          argument("release", metavar="RELEASE"),
+                          argument("dir", metavar="DIR", help="a new directory")]),
+    "expand-template": Command(cmd_expand_template, "expand one template with the context",
+                               "c2 expand-template app.conf.tpl app.conf", [
+                                   argument("template", metavar="TEMPLATE"), argument("out", metavar="OUT")]),
+    "show-default-nginx-config": Command(cmd_show_default_nginx_config, "print the built-in nginx template",
+                                         "c2 show-default-nginx-config > nginx.conf.tpl", host=False),
+    "restart-frontend-proxy": Command(cmd_restart_frontend_proxy, "bring the proxy up with what the state "
+                                      "says", "c2 restart-frontend-proxy",
+                                      [LOCK_WAIT]),
+    "shutdown-frontend-proxy": Command(cmd_shutdown_frontend_proxy, "take the proxy down",
+                                       "c2 shutdown-frontend-proxy", [LOCK_WAIT]),
+    "aws-docker-login-cmd": Command(cmd_aws_docker_login, "print a docker login command line for ECR",
+                                    'eval "$(c2 aws-docker-login-cmd)"', [
+                                        argument("registry_id", metavar="REGISTRY_ID", nargs="?",
+                                                 help="an AWS account (default: your own)")], host=False),
+    "help": Command(cmd_help, "print the manual", "c2 help", host=False),
+    "version": Command(cmd_version, "print the version", "c2 version", host=False),
+}
+
+
+def manual() -> str:
+    """The page that one would print."""
+    lines = ["c2 deploys versioned releases on plain hosts.", "", "Commands:"]
+    for name, command in COMMANDS.items():
+        given = [a.settings for a in command.arguments if a.names[0][0] != "-"]
+        shown = [f"[{s['metavar']}]" if s.get("nargs") else s["metavar"] for s in given]
+        lines += [f"  {' '.join([name, *shown])}", f"      {command.summary}"]
+    return "\n".join(lines) + MANUAL
+
+
+MANUAL = """
+
+Each command has --help, with its options. All take --config PATH and --debug. Exit codes: 0 done; 1 failed,
+and what was changed was put back or is named; 2 wrong usage or configuration; 3 refused by a rule (connected,
+not running, not ready, locked); 130 and 143 after Ctrl-C and SIGTERM.
+
+A release is a zip archive with release.json at its root:
+  {"prestartCommand": "", "startCommand": "docker compose up -d", "stopCommand": "docker compose down",
+   "templates": ["docker-compose.yml.tpl"]}
+Each template x.tpl is expanded with mustache to x: {{ports.http}} is the deploy's port, {{NAME.key}} comes
+from the config source NAME. The commands run in the deploy's directory with C2_RELEASE, C2_DEPLOY and
+C2_PORT. A start command must return; a server that it leaves in the background lives on.
+
+The configuration is --config, else $CAMUS2_CONFIG, else ../etc/camus2.json or ../etc/camus2.yaml beside c2.
+Relative paths in it start from its own directory. On one host, without the proxy:
+  releases:
+    localdir: /srv/releases          # or s3: s3://bucket/prefix, or http: https://host/path
+  deploysDir: /opt/deploys
+  logFile: /opt/var/log/camus2.log
+  configSources:
+    app: {file: /etc/app.json}       # or s3:, awsSecretArn:, http:
+and with it:
+  deployMode:
+    proxy:
+      endPoints:
+        main:
+          serverNames: [www.example.com]
+          etype: httpOnly
+      dynamicPortRange: [8000, 8100]
+
+Blue/green:
+  c2 start web-1.4.zip               # beside the one that serves
+  c2 connect main web-1.4            # requests go there from now on; none is lost
+  c2 stop web-1.3                    # waits for requests in flight
+  c2 rollback main                   # while web-1.3 still runs: back again
+"""
+
+
+def parser() -> Any:
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> None:
+            found = re.search(r"invalid choice: '([^']*)'", message)
+            if found:
+                message = f"there is no command {found.group(1)}{nearest(found.group(1), list(COMMANDS))}"
+            self.exit(2, f"c2: {message}; see {self.prog} --help\n")
+
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--config", metavar="PATH", default=argparse.SUPPRESS,
+                        help="the configuration: a file, s3://... or https://... (default: $CAMUS2_CONFIG, "
+                        "else ../etc/camus2.json or .yaml beside c2)")
+    common.add_argument("--debug", action="store_true", default=argparse.SUPPRESS,
+                        help="show the programs that are run, and tracebacks")
+    top = Parser(prog="c2", parents=[common], description="Deploy versioned releases on plain hosts.",
+                 epilog="c2 COMMAND --help explains a command, c2 help prints the manual.",
+                 allow_abbrev=False)
+    top.add_argument("--version", action="version", version=VERSION)
+    subs = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    for name, command in COMMANDS.items():
+        sub = subs.add_parser(name, parents=[common], help=command.summary, allow_abbrev=False,
+                              description=command.summary[0].upper() + command.summary[1:] + ".",
+                              epilog=f"Example: {command.example}")
+        for names, settings in command.arguments:
+            sub.add_argument(*names, **settings)
+    return top
+
+
+def interrupt(signum: int, frame: Any) -> None:
+    raise Interrupted(signum)
+
+
+def perform(args: Any) -> None:
+    """Run the parsed command with its host."""
+    command = COMMANDS[args.command]
+    if not command.host:
+        return command.function(None, args)
+    config = load_config(getattr(args, "config", None))
+    shown = " ".join([args.command] + [str(v) for k, v in sorted(vars(args).items())
+                                       if k in ("release", "deploy", "end_point") and v])
+    host = Host(config, Log(config.log_file, shown), config.command_timeout_secs)
+    command.function(host, args)
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Run c2 with these arguments (default: the process's own) and return its exit code."""
+    try:
+        args = parser().parse_args(argv)
+    except SystemExit as e:
+        return e.code or 0
+    if not args.command:
+        parser().print_help(sys.stderr)
+        return 2
+    debug = getattr(args, "debug", False) or bool(os.environ.get("C2_DEBUG"))
+    if debug:
+        os.environ["C2_DEBUG"] = "1"
+    before = {s: signal.signal(s, interrupt) for s in SIGNALS}
+    try:
+        perform(args)
+        return 0
+    except Interrupted as e:
+        say(f"interrupted by {signal.Signals(e.signum).name}")
+        return 128 + e.signum
+    except BrokenPipeError:
+        sys.stdout = None       # whoever read the output has gone; nothing is left to flush
+        return 141
+    except C2Error as e:
+        problem, code = str(e), e.code
+    except OSError as e:
+        problem, code = f"{e.filename or 'the system'}: {e.strerror or e}", 1
+    except Exception as e:
+        problem, code = f"internal error, please report it: {type(e).__name__}: {e}; --debug shows where", 1
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+    if debug:
+        import traceback
+        traceback.print_exc()
+    say(f"error: {problem}")
+    return code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

