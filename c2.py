@@ -1430,7 +1430,7 @@ def status_text(config: Config, state: State, runs: Dict[str, bool]) -> str:
             facts.append("answers" if runs[name] else "DOES NOT ANSWER")
         if state.since.get(name):
             facts.append(f"since {state.since[name][:16].replace('T', ' ')} UTC")
-        lines.append(f"  {shown}: {' '.join(facts)}")
+        lines.append(": ".join([f"  {shown}"] + [" ".join(facts)] * bool(facts)))
     if not state.deploys:
         lines.append("  (none)")
     return "\n".join(lines)
@@ -1569,7 +1569,7 @@ class Log:
     """The JSON log, and what is said of it to the person: one event, one line, in both."""
 
     def __init__(self, path: str, command: str) -> None:
-        self.path, self.command, self.works = path, command, True
+        self.path, self.command, self.works, self.failed = path, command, True, False
         self.secrets = []       # type: List[str]
 
     def add_secrets(self, values: List[str]) -> None:
@@ -1578,6 +1578,7 @@ class Log:
     def event(self, level: str, event: str, message: str, **fields: Any) -> None:
         """Write an event to the log alone; `info` and `warn` say it too, and an error is said by `main`."""
         message = masked(message, self.secrets)
+        self.failed = self.failed or level == "error"
         try:
             import pwd
             user = os.environ.get("SUDO_USER") or pwd.getpwuid(os.getuid()).pw_name
@@ -1833,7 +1834,8 @@ def run(args: List[str], timeout: Optional[float] = 60, cwd: Optional[str] = Non
     try:
         process = subprocess.Popen(args, cwd=cwd, env=dict(os.environ, **(env or {})),
                                    stdin=subprocess.DEVNULL, stdout=stdout or subprocess.PIPE,
-                                   stderr=subprocess.STDOUT if merge else subprocess.PIPE)
+                                   stderr=subprocess.STDOUT if merge else subprocess.PIPE,
+                                   start_new_session=True)      # Ctrl-C is for c2, which may be putting back
     except FileNotFoundError:
         raise C2Error(f"{args[0]} is not on PATH; install it, since {shown} needs it") from None
     except OSError as e:
@@ -1842,10 +1844,10 @@ def run(args: List[str], timeout: Optional[float] = 60, cwd: Optional[str] = Non
         try:
             out, err = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
-            process.kill()
+            end_group(process.pid)
             raise CommandFailed(f"{shown} has not ended after {timeout:g} s", 124) from None
         except BaseException:
-            process.kill()
+            end_group(process.pid)
             raise
     said = (err or b"").decode("utf-8", "replace")
     if process.returncode:
@@ -2897,6 +2899,8 @@ def carry_out(host: Host, actions: list, state: State) -> State:
                                **told["fields"])
                 try:
                     undo(host, journal)
+                    if not isinstance(action, Destroy):
+                        host.log.info("undone", f"{told['done']} has been taken back", **told["fields"])
                 except (C2Error, OSError) as again:
                     raise C2Error(f"{reason}; and it could not be taken back: {again}; the next c2 command "
                                   "tries that again") from None
@@ -3011,7 +3015,8 @@ def host_state(config: Config) -> State:
     """The state; where camus2 left a running release and none, without the proxy, the one that `current`
     tells."""
     current = read_link(config.path("current"))
-    if config.proxy or not current or os.path.exists(config.proxy_path("state.json")):
+    known = any(os.path.exists(config.proxy_path(name)) for name in ("state.json", "journal.json"))
+    if config.proxy or known or not current:
         return load_state(config)
     name = os.path.basename(current)
     return State(deploys={name: Deploy(name, f"{name}.zip", 0)}) if re.fullmatch(LABEL, name) else State()
@@ -3412,7 +3417,12 @@ def perform(args: Any) -> None:
     shown = " ".join([args.command] + [str(v) for k, v in sorted(vars(args).items())
                                        if k in ("release", "deploy", "end_point") and v])
     host = Host(config, Log(config.log_file, shown), config.command_timeout_secs)
-    command.function(host, args)
+    try:
+        command.function(host, args)
+    except C2Error as e:
+        if hasattr(args, "lock_wait") and not host.log.failed:      # refused before an action began
+            host.log.event("error", "refused", str(e))
+        raise
 
 
 def main(argv: Optional[List[str]] = None) -> int:
