@@ -508,8 +508,8 @@ class YamlAgainstPyYAML(unittest.TestCase):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def render(template, context=None, **kwargs):
-    return c2.render_template(template, {} if context is None else context, **kwargs)
+def render(template, *context, **kwargs):
+    return c2.render_template(template, *(context or ({},)), **kwargs)
 
 
 class MustacheSpecification(unittest.TestCase):
