@@ -508,8 +508,11 @@ class YamlAgainstPyYAML(unittest.TestCase):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def render(template, *context, **kwargs):
-    return c2.render_template(template, *(context or ({},)), **kwargs)
+NO_CONTEXT = {}
+
+
+def render(template, context=NO_CONTEXT, **kwargs):
+    return c2.render_template(template, context, **kwargs)
 
 
 class MustacheSpecification(unittest.TestCase):
