@@ -417,6 +417,7 @@ def decode_config(value: Any, base: str, warn: Callable[[str], None]) -> Config:
 # ----------------------------------------------------------------------------------------------------------
 
 _YAML_DEPTH = 100
+_YAML_SIZE = 256 << 10      # characters; the densest document of this size takes well under a second
 _YAML_WORDS = {'true': True, 'True': True, 'TRUE': True, 'false': False, 'False': False, 'FALSE': False,
                'null': None, 'Null': None, 'NULL': None, '~': None}
 # Plain scalars that are no text: numbers to YAML 1.1 and 1.2 alike, then those that differ. The digits are
@@ -452,9 +453,9 @@ _YAML_QUOTED = {
                      re.DOTALL)),
     "'": (re.compile(r"'([^']*(?:''[^']*)*)'(?!')"), re.compile(r"''|[ \t\n]+"))}
 # How a plain scalar may start, and what ends a line of it: in block collections, and between brackets.
-_YAML_BLOCK = (re.compile(r'''[^ \t\n\0,\[\]{}#&*!|>'"%@`?:-]|[?:-](?=[^ \t\n\0])'''),
+_YAML_BLOCK = (re.compile(r'''[^,\[\]{}#&*!|>'"%@`?:-]|[?:-](?=[^ \t\n\0])'''),
                re.compile(r'[\n\t\0]| #|:(?=[ \t\n\0])'))
-_YAML_FLOW = (re.compile(r'''[^ \t\n\0,\[\]{}#&*!|>'"%@`?:-]|-(?=[^ \t\n\0,?\[\]{}])'''),
+_YAML_FLOW = (re.compile(r'''[^,\[\]{}#&*!|>'"%@`?:-]|-(?=[^ \t\n\0,\[\]{}])'''),
               re.compile(r'[\n\t\0,?\[\]{}]| #|:(?=[ \t\n\0,\]}])'))
 
 
@@ -489,6 +490,8 @@ class _Yaml:
         raise ConfigError(f'line {line}, column {column}: {what}')
 
     def document(self):
+        if len(self.text) > _YAML_SIZE:
+            self.fail(f'the document has more than {_YAML_SIZE >> 10} KB; make it smaller', 1)
         bad = _YAML_FORBIDDEN.search(self.text, 0, len(self.text) - 1)
         if bad:
             self.fail(f'character {bad.group()!a} is refused; use an escape in double quotes', bad.start())
@@ -651,7 +654,7 @@ class _Yaml:
                 break
             gap = _YAML_GAP.match(self.text, end).group()
             end += len(gap)
-            if len(gap) - gap.rindex('\n') - 1 <= n or self.text[end] in '#\t\0':
+            if len(gap) - gap.rindex('\n') - 1 <= n or self.text[end] == '#':
                 break
             self.pos, gap = end, _fold(gap)
         return self.resolve(''.join(parts), start)

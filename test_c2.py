@@ -80,7 +80,7 @@ class Ran(object):
 
 
 class Sandbox(unittest.TestCase):
-    """A directory with a copy of c2 as bin/c2, a configuration in etc/, a store, and helpers to use them."""
+    """A directory with a copy of c2 as bin/c2, a configuration in etc/, a store; and helpers."""
 
     def setUp(self):
         self.dir = os.path.realpath(tempfile.mkdtemp(prefix="c2-test-"))
@@ -114,7 +114,7 @@ class Sandbox(unittest.TestCase):
             "contextCache": "../cache", "logFile": "../log.json"}, **keys))
 
     def release(self, name, files=None, **keys):
-        """Put the release archive `name` into the store: `files` NAME -> text, `keys` those of release.json."""
+        """Put a release archive into the store: `files` NAME -> text, `keys` those of release.json."""
         members = dict({"release.json": json.dumps(keys)}, **(files or {}))
         with zipfile.ZipFile(self.path("releases", name), "w") as z:
             for member, content in members.items():
@@ -124,7 +124,8 @@ class Sandbox(unittest.TestCase):
         """Start c2 in the background."""
         env = dict(self.env, **options.pop("env", {}))
         return subprocess.Popen([sys.executable, self.path("bin", "c2")] + list(args), cwd=self.dir, env=env,
-                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                **options)
 
     def finish(self, process, timeout=120):
         out, err = process.communicate(timeout=timeout)
@@ -166,6 +167,9 @@ class YamlCases(unittest.TestCase):
 
     def test_read(self):
         for text, value in [
+            ('a:', {'a': None}), ('- a:\n-', [{'a': None}, None]), ('k' * 1024 + ': a', {'k' * 1024: 'a'}),
+            ('a: |\n  \n  b\n', {'a': '\nb\n'}), ('"a \t\n \tb\\\t"', 'a b\t'),
+            (r'"\x00\ud7ff\U0010ffff\ue000"', '\0\ud7ff\U0010ffff\ue000'),
             ('', None), ('\n \n', None), ('# only a comment', None), ('---', None),
             ('--- [a,\n b]', ['a', 'b']), ('--- a\nb', 'a b'), ('--- # c\n', None), ('\ufeffa: 1', {'a': 1}),
             ('# c\n---\na: 1\n', {'a': 1}), ('a: 1\r\nb:\r\n- 2\r\n', {'a': 1, 'b': [2]}),
@@ -202,9 +206,9 @@ class YamlCases(unittest.TestCase):
 
     def test_scalars_that_versions_read_differently(self):
         for scalar in (
-                'y Y yes Yes NO n on Off OFF 010 -010 00 08 1_000 0b1 0o7 +0x1F -0x1 12:30 -1:2:3 190:20:30.15 '
-                '1:30.5 1e3 1E-3 1.5e3 -.5 +.5 .5e1 1_0.5 1e+3 2001-12-14 2001-1-1 2001-12-14T21:59:43Z '
-                '= <<').split() + ['2001-12-14 1:59:43', '1' * 400, '1' * 400 + '.0']:
+                'y Y yes Yes NO n on Off OFF 010 -010 00 08 1_000 0b1 0o7 +0x1F -0x1 12:30 -1:2:3 '
+                '190:20:30.15 1:30.5 1e3 1E-3 1.5e3 -.5 +.5 .5e1 1_0.5 1e+3 2001-12-14 2001-1-1 '
+                '2001-12-14T21:59:43Z = <<').split() + ['2001-12-14 1:59:43', '1' * 400, '1' * 400 + '.0']:
             for text in ('a: %s', '- %s', '[%s]', '{a: %s}', '%s: a', 'a: # c\n  %s\n'):
                 with self.subTest(text=text % scalar):
                     self.assertRegex(read_yaml(text % scalar)[1], '^line [12], column [1-5]: .*quote it')
@@ -216,7 +220,11 @@ class YamlCases(unittest.TestCase):
             ('a: &b c', '1, column 4', 'anchors'), ('a: *b', '1, column 4', 'aliases'),
             ('a: !!str b', '1, column 4', 'tags'), ('a: >\n b', '1, column 4', 'blocks'),
             ('%YAML 1.2\n---\na', '1, column 1', 'directives'),
-            ('a: 1\n---\nb: 2', '2, column 1', 'document'), ('a: 1\n...', '2, column 1', 'document'),
+            ('a: 1\n---\nb: 2', '2, column 1', 'document'), ('a: 1\n---\tb', '2, column 1', 'document'),
+            (r'"\ud800"', '1, column 2', 'escape'),
+            (r'"\udfff"', '1, column 2', 'escape'), ('a: |', '1, column 5', 'line break'),
+            ('[-?]', '1, column 3', 'expected'),
+            ('a: 1\n...', '2, column 1', 'document'),
             ('--- a: b', '1, column 6', 'own line'), ('--- - a', '1, column 5', 'own'),
             ('a: 1\n"a": 2', '2, column 1', 'twice'), ('{a: 1, a: 1}', '1, column 8', 'twice'),
             ('a:\n\tb: 1', '2, column 1', 'tab'), ('a:\tb', '1, column 3', 'tab'),
@@ -274,8 +282,11 @@ class YamlCases(unittest.TestCase):
         self.assertEqual(read_yaml('- ' * 99 + 'a: b')[0], 'value')
         self.assertEqual(read_yaml('[' * 100 + ']' * 100)[0], 'value')
 
+    def test_a_huge_document_is_refused_at_once(self):
+        self.assertRegex(read_yaml('- 1\n' * 260000)[1], '^line 1, column 1: .* 256 KB; make it smaller')
+
     def test_time_grows_with_the_size_only(self):
-        n = 100000
+        n = 40000
         for text in [
             '[' * n, '{' * n, '- ' * n, '-\n' * n, '[' + '[],' * n + ']', '[' + '1,' * n + ']', '[' + ',' * n,
             'a' * n, 'a ' * n, 'a' + ' ' * n + 'b', 'a: ' + ' ' * n, '1' * n, '1' * n + 'x', '1_' * n + 'x',
@@ -307,8 +318,8 @@ class Speller:
     WORDS = ['a', 'b c', 'port', 's3://bucket/x y', 'x:y', 'a#b', 'httpOnly', 'caf\xe9', '1.2.3', "it's",
              '-x', '/a/{b}', 'a  b']
     ODD = ['', ' ', 'yes', '010', 'a: b', 'a #b', 'x\ny', 'x\n\n y\n', ' lead', 'trail ', '\ttab', '\\', '"',
-           '1', 'null', '- a', '[', '\n', '{{a}}', 'two\nlines\n', 'a\n\nb', '\U0001F600', '#', '<<', '~', '---',
-           'a\tb', 'x\n   \ny\n', "''", '\x85', '\r\n']
+           '1', 'null', '- a', '[', '\n', '{{a}}', 'two\nlines\n', 'a\n\nb', '\U0001F600', '#', '<<', '~',
+           '---', 'a\tb', 'x\n   \ny\n', "''", '\x85', '\r\n']
     ATOMS = [None, True, False, 0, -7, 8080, 10 ** 20, 1.5, -0.0, 1e30, float('inf'), float('nan'), [], {}]
 
     def __init__(self, seed):
@@ -499,7 +510,8 @@ class YamlAgainstPyYAML(unittest.TestCase):
     def test_mutated_cases(self):
         speller = Speller(SEED)
         cases = ['a: |+\n  b\n\n  c\n', 'a: [b, {c: d}, "e"]\n', 'a:\n- b: "c\n   d"\n  e: f\n',
-                 "- 'a'\n- - b\n", 'a: 12\nb: 1.5e+3\nc: 0x1F\n', '- 2020-01-01\n- 12:30\n- .5\n', 'a: b\n  c\n\n  d # e\n']
+                 "- 'a'\n- - b\n", 'a: 12\nb: 1.5e+3\nc: 0x1F\n', '- 2020-01-01\n- 12:30\n- .5\n',
+                 'a: b\n  c\n\n  d # e\n']
         self.measure(lambda: speller.mutate(speller.choice(cases)), .1)
 
 
