@@ -1,0 +1,1 @@
+{{app.greeting}} version {{build.version}}
