@@ -2417,15 +2417,16 @@ def listening(port: int) -> bool:
 
 
 def port_taken(port: int) -> bool:
-    """Whether something on this machine holds the port, on whatever address."""
+    """Whether something on this machine holds the port, on whatever address; False where c2 may not ask."""
+    import errno
     import socket
     with socket.socket() as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             s.bind(("", port))
-            return False
-        except OSError:
-            return True
+        except OSError as e:
+            return e.errno == errno.EADDRINUSE
+    return False
 
 
 def http_get(port: int, path: str, host: str = "localhost", timeout: float = 3) -> Optional[tuple]:
@@ -2661,10 +2662,13 @@ def route(host: Host, state: State, start: bool = True) -> None:
     """
     config = host.config
     container = inspect_proxy(host)
-    context = nginx_context(config, state, certificates(config))
+    certs = certificates(config)
+    context = nginx_context(config, state, certs)
     conf, layout = render_nginx(config, context), compose_file(config)
     layout_path = config.proxy_path("docker-compose.yml")
     candidate = config.proxy_path("conf", "candidate.conf")
+    if start and not container.running:
+        require_free_ports(config, bool(certs))
     lay_out_proxy(config, state)
     old_layout = read_file(layout_path)
     rebuild = container.running and old_layout != layout
@@ -2694,6 +2698,15 @@ def route(host: Host, state: State, start: bool = True) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.unlink(candidate)
     replace_file(config.proxy_path("nginx.ctx.json"), json.dumps(context, indent=2) + "\n")
+
+
+def require_free_ports(config: Config, https: bool) -> None:
+    """Raise if another program holds a port of the proxy: nginx would try for 2.5 s, and again for ever."""
+    ports = {"httpPort": config.proxy.http_port, "httpsPort": config.proxy.https_port}
+    for key in ("httpPort", "httpsPort")[:1 + https]:
+        if port_taken(ports[key]):
+            raise C2Error(f"another program holds port {ports[key]}, which the proxy needs; `ss -ltnp` shows "
+                          f"which; end it, or set deployMode.proxy.{key}")
 
 
 @contextlib.contextmanager

@@ -7,6 +7,8 @@ repeats the random tests of a failed run.
 """
 import contextlib
 import glob
+import hashlib
+import http.client
 import io
 import json
 import math
@@ -1005,6 +1007,567 @@ class MustacheProperties(unittest.TestCase):
 # ----------------------------------------------------------------------------------------------------------
 # One host with the proxy, on Docker
 # ----------------------------------------------------------------------------------------------------------
+
+
+APP = r"""
+import hashlib, http.server, json, os, signal, socketserver, sys, time
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def answer(self):
+        if self.headers.get("Upgrade"):
+            self.wfile.write(b"HTTP/1.1 101 Switching Protocols\r\n"
+                             b"Upgrade: websocket\r\nConnection: Upgrade\r\n\r\n")
+            for line in iter(self.rfile.readline, b""):
+                self.wfile.write(b"echo " + line)
+            self.close_connection = True
+            return
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        said = {"release": os.environ["C2_RELEASE"], "path": self.path, "headers": dict(self.headers.items()),
+                "size": len(body), "sha": hashlib.sha256(body).hexdigest()}
+        text = json.dumps(said).encode()
+        self.send_response(404 if self.path == "/404" else 200)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+    do_GET = do_POST = answer
+
+    def log_message(self, *args):
+        pass
+
+class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
+    daemon_threads = True
+    request_queue_size = 100
+
+if sys.argv[1] == "start":
+    server = Server(("127.0.0.1", int(os.environ["C2_PORT"])), Handler)
+    if sys.argv[2:] == ["deaf"]:        # accepts connections and never answers, like docker's port proxy
+        server.serve_forever = lambda: time.sleep(1000)
+    pid = os.fork()
+    if pid:
+        with open("pid", "w") as f:
+            f.write(str(pid))
+    else:
+        server.serve_forever()
+else:
+    try:
+        with open("pid") as f:
+            os.kill(int(f.read()), signal.SIGKILL)
+    except (FileNotFoundError, ProcessLookupError):
+        pass
+"""
+EXAMPLE = os.path.join(HERE, "examples", "proxy", "app")
+
+
+class Proxy(Sandbox):
+    """A sandbox with two endpoints, main and test, and apps to connect them to."""
+
+    def setUp(self):
+        super().setUp()
+        self.addCleanup(self.clean_up)
+
+    def clean_up(self):
+        for path in glob.glob(self.path("deploys", "*", "pid")):
+            with contextlib.suppress(ProcessLookupError), open(path) as f:
+                os.kill(int(f.read()), signal.SIGKILL)
+        if shutil.which("docker"):
+            label = "com.docker.compose.project.working_dir"
+            listed = self.docker("ps", "-a", "--format", '{{.ID}} {{.Label "%s"}}' % label, code=None)
+            for line in listed.splitlines():
+                if line.partition(" ")[2].startswith(self.dir):
+                    self.docker("rm", "-f", line.split()[0])
+
+    def docker(self, *args, **options):
+        done = subprocess.run(("docker",) + args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        if options.get("code", 0) is not None:
+            self.assertEqual(done.returncode, options.get("code", 0), done.stdout)
+        return done.stdout.decode()
+
+    def proxy_config(self, proxy=None, **keys):
+        """Write the configuration: `proxy` are keys of deployMode.proxy, `keys` those beside it."""
+        proxy = dict({"endPoints": {"main": self.end_point("main.test"), "test": self.end_point("test.test")},
+                      "dynamicPortRange": [8000, 8100], "readyTimeoutSecs": 5}, **(proxy or {}))
+        self.configure(**dict({"nginxDockerImage": "c2-test/nginx", "nginxDockerVersion": "local",
+                               "deployMode": {"proxy": proxy}}, **keys))
+
+    def end_point(self, *names):
+        return {"serverNames": list(names), "etype": "httpOnly"}
+
+    def app(self, name, mode="", **keys):
+        """A release of a server without Docker, that tells what it was asked."""
+        command = "%s app.py" % sys.executable
+        self.release(name, {"app.py": APP}, **dict(
+            {"startCommand": "%s start %s" % (command, mode), "stopCommand": command + " stop"}, **keys))
+
+    def compose_app(self, version):
+        """The example's release, with this version's page, as web-VERSION.zip."""
+        files = {}
+        for name in ("release.json", "docker-compose.yml.tpl"):
+            with open(os.path.join(EXAMPLE, name)) as f:
+                files[name] = f.read()
+        files["public/index.html"] = "version %s\n" % version
+        self.release("web-%s.zip" % version, files)
+
+    def ask(self, host, path="/", body=None, headers=None, port=80):
+        """(status, body) of a request to the proxy; the body is decoded where the app answered."""
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        try:
+            connection.request("POST" if body else "GET", path, body, dict({"Host": host}, **(headers or {})))
+            answer = connection.getresponse()
+            text = answer.read().decode()
+            return answer.status, json.loads(text) if text.startswith("{") else text
+        finally:
+            connection.close()
+
+    def status_of(self, host, path="/"):
+        return self.ask(host, path)[0]
+
+    def release_of(self, host, path="/"):
+        status, said = self.ask(host, path)
+        return said["release"] if status == 200 else status
+
+    def container(self, name="frontendproxy"):
+        """Id and start time of the container; nothing but making it anew or restarting it changes them."""
+        return self.docker("inspect", "-f", "{{.Id}} {{.State.StartedAt}}", name)
+
+    def live(self, name):
+        return os.readlink(self.path("deploys", "frontend-proxy", "live", name))
+
+
+class ProxyWithoutDocker(Proxy):
+    """What needs no running proxy."""
+
+    def setUp(self):
+        super().setUp()
+        self.proxy_config({"dynamicPortRange": [free_ports(4), 65535], "readyTimeoutSecs": 0.5})
+        self.app("a-1.zip")
+        self.app("a-2.zip")
+
+    def port(self, label):
+        return self.state()["deploys"][label]["port"]
+
+    def test_ports_go_up_and_a_failed_start_frees_its_own(self):
+        self.c2("start", "a-1.zip")
+        before = self.state()
+        self.app("bad.zip", startCommand="echo no database; exit 7", stopCommand="touch ../stopped")
+        ran = self.c2("start", "bad.zip", code=1)
+        self.assertIn("exited 7: no database", ran.err)
+        self.assertEqual(before, self.state())
+        self.assertTrue(os.path.exists(self.path("deploys", "stopped")))
+        self.assertEqual(["a-1", "frontend-proxy", "stopped"],
+                         sorted(n for n in os.listdir(self.path("deploys")) if n[0] != "."))
+        self.c2("start", "a-2.zip", "b")
+        self.assertEqual(self.port("a-1") + 1, self.port("b"))
+        self.c2("stop", "b")
+        self.c2("start", "a-2.zip")
+        self.assertEqual(self.port("a-1") + 2, self.port("a-2"))
+
+    def test_the_same_start_again(self):
+        self.c2("start", "a-1.zip")
+        state, answer = self.state(), c2.http_get(self.port("a-1"), "/")
+        self.assertEqual(200, answer[0])
+        self.assertIn("runs already", self.c2("start", "a-1.zip").err)
+        self.assertEqual(state, self.state())
+        with open(self.path("deploys", "a-1", "pid")) as f:
+            os.kill(int(f.read()), signal.SIGKILL)
+        wait_for(lambda: not c2.listening(self.port("a-1")), what="the end of the app")
+        self.assertIn("DOES NOT ANSWER", self.c2("status").out)
+        self.assertIn("starting again", self.c2("start", "a-1.zip").err)
+        self.assertEqual(state["deploys"], self.state()["deploys"])
+        self.assertEqual(200, c2.http_get(self.port("a-1"), "/")[0])
+        self.c2("start", "a-2.zip", "a-1")      # not connected, so replaced
+        self.assertEqual("a-2.zip", self.state()["deploys"]["a-1"]["release"])
+        self.assertIn('"a-2.zip"', c2.http_get(self.port("a-1"), "/")[1])
+
+    def test_unknown_release_and_deploy(self):
+        self.assertIn("did you mean a-1.zip", self.c2("start", "a1.zip", code=1).err)
+        self.c2("start", "a-1.zip")
+        self.assertIn("there is no deploy b", self.c2("stop", "b", code=3).err)
+        self.assertIn("no endpoint mian; did you mean main?", self.c2("connect", "mian", "a-1", code=2).err)
+        self.assertIn("say which endpoint", self.c2("connect", "a-1", code=2).err)
+
+    def test_no_docker_on_path(self):
+        self.c2("start", "a-1.zip")
+        before = self.state()
+        os.mkdir(self.path("tools"))
+        os.symlink("/bin/sh", self.path("tools", "sh"))
+        ran = self.c2("connect", "main", "a-1", env={"PATH": self.path("tools")}, code=1)
+        self.assertIn("docker is not on PATH", ran.err)
+        self.assertEqual(before, self.state())
+        self.c2("stop", "a-1", env={"PATH": self.path("tools")})        # which needs no docker
+
+    def test_commands_of_the_proxy_without_one(self):
+        self.configure()
+        for args in (("connect", "a-1"), ("disconnect", "main"), ("restart-frontend-proxy",)):
+            self.assertIn("needs the proxy", self.c2(*args, code=2).err)
+
+
+@needs_bed
+class ProxyOnDocker(Proxy):
+    def test_blue_green_with_compose(self):
+        self.proxy_config(configSources={"app": {"file": "app.json"}})
+        self.write("etc/app.json", {"image": "c2-test/app:local"})
+        for version in ("1", "2"):
+            self.compose_app(version)
+            self.c2("start", "web-%s.zip" % version)
+        self.assertRegex(self.c2("status").out, r"""(?x)
+            \AEndpoints:\n\ \ main:\ \(main\.test:80\)\ ->\ \(not\ connected\)\n
+            \ \ test:\ \(test\.test:80\)\ ->\ \(not\ connected\)\n\nDeploys:\n
+            \ \ web-1\ \(web-1\.zip\):\ \(localhost:8000\)\ answers\ since\ .*\n
+            \ \ web-2\ \(web-2\.zip\):\ \(localhost:8001\)\ answers\ since\ .*\n\Z""")
+        self.c2("connect", "main", "web-1.zip")
+        self.assertEqual((200, "version 1\n"), self.ask("main.test"))
+        self.assertEqual(503, self.status_of("test.test"))
+        proxy, layout = self.container(), self.read("deploys", "frontend-proxy", "docker-compose.yml")
+        self.c2("connect", "test", "web-2")
+        self.assertEqual((200, "version 2\n"), self.ask("test.test"))
+        self.assertEqual((200, "version 1\n"), self.ask("10.0.0.1", "/health-check"))
+        self.assertEqual(404, self.status_of("other.test"))
+        self.assertEqual(["../ports/8000", "../ports/8001"], [self.live("main"), self.live("test")])
+        self.check_context()
+        self.assertIn("connected to main", self.c2("stop", "web-1", code=3).err)
+
+        self.c2("connect", "main", "web-2")
+        self.assertEqual((200, "version 2\n"), self.ask("main.test"))
+        self.c2("rollback", "main")
+        self.assertEqual((200, "version 1\n"), self.ask("main.test"))
+        self.c2("disconnect", "main")
+        self.assertEqual(503, self.status_of("main.test"))
+        self.assertEqual((200, "version 2\n"), self.ask("10.0.0.1", "/health-check"))
+        self.c2("stop", "web-1.zip")
+        self.assertFalse(os.path.exists(self.path("deploys", "web-1")))
+        self.assertNotIn("web-1-web-1", self.docker("ps", "-a"))
+        self.assertEqual((200, "version 2\n"), self.ask("test.test"))
+        self.assertEqual(proxy, self.container())
+        self.assertEqual(layout, self.read("deploys", "frontend-proxy", "docker-compose.yml"))
+        options = json.loads(self.docker("inspect", "-f", "{{json .HostConfig.LogConfig}}", "frontendproxy"))
+        self.assertIn("max-size", options["Config"])
+
+        # The app's container is gone, as after a crash: started again where it is, though connected.
+        self.docker("rm", "-f", "web-2-web-1")
+        self.assertEqual(502, self.status_of("test.test"))
+        self.assertIn("starting again", self.c2("start", "web-2.zip").err)
+        wait_for(lambda: self.ask("test.test") == (200, "version 2\n"), what="the app")
+        self.assertIn("connected to test", self.c2("start", "web-1.zip", "web-2", code=3).err)
+
+        self.c2("shutdown-frontend-proxy")
+        self.assertNotIn("frontendproxy", self.docker("ps", "-a"))
+        self.assertFalse(c2.listening(80))
+        self.c2("restart-frontend-proxy")
+        self.assertEqual((200, "version 2\n"), self.ask("test.test"))
+        self.c2("shutdown-frontend-proxy")
+        self.c2("connect", "main", "web-2")
+        self.assertEqual((200, "version 2\n"), self.ask("main.test"))
+
+    def check_context(self):
+        """camus2's context of the nginx template, with absent keys for nulls."""
+        context = json.loads(self.read("deploys", "frontend-proxy", "nginx.ctx.json"))
+        self.assertEqual({"incomingPath": "/health-check", "outgoingPath": "/", "outgoingPort": 8000},
+                         context["healthCheck"])
+        main, test = (end_point["http"] for end_point in context["endPoints"])
+        self.assertEqual(("main.test", 8000), (main["serverNames"], main["port"]))
+        self.assertEqual(("test.test", 8001), (test["serverNames"], test["port"]))
+
+    def test_requests_arrive_as_they_were_sent(self):
+        self.proxy_config({"endPoints": {"main": self.end_point("main.test", "*.wild.test")}})
+        self.app("a-1.zip")
+        self.c2("start", "a-1.zip")
+        self.c2("connect", "a-1.zip")
+        status, said = self.ask("any.wild.test:80", "/a%20b?c=d%2Fe", headers={"X-Forwarded-For": "10.1.1.1"})
+        self.assertEqual("/a%20b?c=d%2Fe", said["path"])
+        for name, value in (("Host", "any.wild.test:80"), ("X-Forwarded-For", "10.1.1.1, 127.0.0.1"),
+                            ("X-Forwarded-Proto", "http"), ("X-Real-IP", "127.0.0.1")):
+            self.assertEqual(value, said["headers"][name])
+        self.assertEqual(404, self.status_of("main.test", "/404"))
+        upload = random.Random(SEED).getrandbits(8 << 25).to_bytes(1 << 25, "big")
+        status, said = self.ask("main.test", "/up", body=upload)
+        self.assertEqual((200, 1 << 25), (status, said["size"]))
+        self.assertEqual(hashlib.sha256(upload).hexdigest(), said["sha"])
+        self.check_websocket()
+
+    def check_websocket(self):
+        with socket.create_connection(("127.0.0.1", 80), 10) as s, s.makefile("rb") as lines:
+            s.sendall(b"GET /ws HTTP/1.1\r\nHost: main.test\r\n"
+                      b"Upgrade: websocket\r\nConnection: Upgrade\r\n\r\n")
+            self.assertIn(b"101", lines.readline())
+            while lines.readline() != b"\r\n":
+                pass
+            for word in (b"one\n", b"two\n"):
+                s.sendall(word)
+                self.assertEqual(b"echo " + word, lines.readline())
+
+    def test_health_check_and_changes_of_the_configuration(self):
+        """Each change is taken over by a reload; only another image makes the container anew."""
+        def change(proxy=None, **keys):
+            self.proxy_config(proxy, **keys)
+            return self.c2("restart-frontend-proxy")
+        check = {"incomingPath": "/up", "outgoingPath": "/inner", "endpoint": "test"}
+        self.proxy_config(healthCheck=check)
+        for name in ("a-1", "a-2"):
+            self.app(name + ".zip")
+            self.c2("start", name + ".zip")
+        self.c2("connect", "main", "a-1")
+        before = self.container()
+        self.assertEqual(503, self.status_of("10.0.0.1", "/up"))        # its endpoint is not connected
+        self.c2("connect", "test", "a-2")
+        self.assertEqual("/inner", self.ask("10.0.0.1", "/up")[1]["path"])
+        self.assertEqual("a-2.zip", self.release_of("10.0.0.1", "/up"))
+        change()
+        self.assertEqual(404, self.status_of("10.0.0.1", "/up"))
+        self.assertEqual("a-1.zip", self.release_of("10.0.0.1", "/health-check"))
+        self.c2("disconnect", "main")
+        self.assertEqual("a-2.zip", self.release_of("10.0.0.1", "/health-check"))
+        self.c2("disconnect", "test")
+        self.assertEqual(503, self.status_of("10.0.0.1", "/health-check"))
+        change(healthCheck="nothing")
+        self.assertEqual(404, self.status_of("10.0.0.1", "/health-check"))
+
+        end_points = {"test": self.end_point("new.test"), "third": self.end_point("third.test")}
+        change({"endPoints": end_points})
+        self.assertEqual(404, self.status_of("test.test"))
+        self.c2("connect", "third", "a-1")
+        self.assertEqual("a-1.zip", self.release_of("third.test"))
+        self.assertEqual(before, self.container())
+        self.assertEqual(["test", "third"], sorted(
+            n for n in os.listdir(self.path("deploys", "frontend-proxy", "live")) if n[0] != "."))
+
+        self.docker("tag", "c2-test/nginx:local", "c2-test/nginx:other")
+        self.addCleanup(self.docker, "rmi", "c2-test/nginx:other")
+        ran = change({"endPoints": end_points}, nginxDockerVersion="other")
+        self.assertIn("made anew", ran.err)
+        self.assertNotEqual(before, self.container())
+        self.assertEqual("a-1.zip", self.release_of("third.test"))
+
+    TEMPLATE = """user nginx;
+pid /var/run/nginx.pid;
+events { worker_connections 512; }
+http {
+  include mime.types;
+{{#healthCheck}}
+  server {
+    listen 80 default_server;
+    location {{{incomingPath}}} { proxy_pass http://127.0.0.1:{{outgoingPort}}{{{outgoingPath}}}; }
+  }
+{{/healthCheck}}
+{{#endPoints}}{{#http}}
+  server {
+    listen 80;
+    server_name {{serverNames}};
+    add_header X-Own yes always;
+    {{#port}}location / { proxy_pass http://127.0.0.1:{{port}}; }{{/port}}
+    {{^port}}return 503;{{/port}}
+  }
+{{/http}}{{/endPoints}}
+}
+"""
+
+    def test_custom_template(self):
+        self.proxy_config({"nginxConfTemplatePath": "nginx.conf.tpl"})
+        self.write("etc/nginx.conf.tpl", self.TEMPLATE)
+        for name in ("a-1", "a-2"):
+            self.app(name + ".zip")
+            self.c2("start", name + ".zip")
+        self.c2("connect", "main", "a-1.zip")
+        before = self.container()
+        self.assertEqual(["a-1.zip", 503], [self.release_of("main.test"), self.release_of("test.test")])
+        self.assertEqual("a-1.zip", self.release_of("10.0.0.1", "/health-check"))
+        self.c2("connect", "main", "a-2.zip")      # a reload; what answers next is the new configuration
+        self.assertEqual("a-2.zip", self.release_of("main.test"))
+        self.assertIn("successful", self.docker("exec", "frontendproxy", "nginx", "-t"))
+
+        for broken, words in ((self.TEMPLATE.replace("return 503;", "retrun 503;"), 'directive "retrun"'),
+                              (self.TEMPLATE.replace("{{/http}}", ""), "{{#http}}")):
+            self.write("etc/nginx.conf.tpl", broken)
+            for args in (("connect", "main", "a-1"), ("disconnect", "main"), ("restart-frontend-proxy",)):
+                state, conf = self.state(), self.read("deploys", "frontend-proxy", "conf", "nginx.conf")
+                self.assertIn(words, self.c2(*args, code=1).err)
+                self.assertEqual(state, self.state())
+                self.assertEqual(conf, self.read("deploys", "frontend-proxy", "conf", "nginx.conf"))
+                self.assertEqual("a-2.zip", self.release_of("main.test"))
+        os.unlink(self.path("etc", "nginx.conf.tpl"))
+        self.assertIn("nginxConfTemplatePath", self.c2("connect", "main", "a-1", code=2).err)
+        self.write("etc/nginx.conf.tpl", self.TEMPLATE)
+        self.c2("connect", "main", "a-1")
+        self.assertEqual("a-1.zip", self.release_of("main.test"))
+        self.assertEqual(before, self.container())
+
+    def test_port_80_is_taken(self):
+        self.proxy_config()
+        self.app("a-1.zip")
+        self.c2("start", "a-1.zip")
+        before = self.state()
+        with socket.socket() as other:
+            other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            other.bind(("0.0.0.0", 80))
+            other.listen(1)
+            ran = self.c2("connect", "main", "a-1", code=1)
+            self.assertIn("another program holds port 80", ran.err)
+            self.assertEqual(before, self.state())
+            self.assertNotIn("frontendproxy", self.docker("ps", "-a"))
+        self.c2("connect", "main", "a-1")
+        self.assertEqual("a-1.zip", self.release_of("main.test"))
+
+    def test_a_container_of_that_name_that_is_not_ours(self):
+        self.proxy_config()
+        self.app("a-1.zip")
+        self.c2("start", "a-1.zip")
+        self.docker("run", "-d", "--name", "frontendproxy", "--network", "none", "c2-test/app:local")
+        self.addCleanup(self.docker, "rm", "-f", "frontendproxy")
+        before, state = self.container(), self.state()
+        for args in (("connect", "main", "a-1"), ("restart-frontend-proxy",), ("shutdown-frontend-proxy",)):
+            self.assertIn("belongs to no compose project", self.c2(*args, code=3).err)
+        self.assertEqual((before, state), (self.container(), self.state()))
+        self.proxy_config({"containerName": "proxy-2"})
+        self.c2("connect", "main", "a-1")
+        self.assertEqual("a-1.zip", self.release_of("main.test"))
+        self.assertEqual(before, self.container())
+        self.c2("shutdown-frontend-proxy")
+
+    def test_the_engine_cannot_be_reached(self):
+        self.proxy_config()
+        self.app("a-1.zip")
+        self.c2("start", "a-1.zip")
+        self.c2("connect", "main", "a-1")
+        before = self.state()
+        for args in (("connect", "test", "a-1"), ("disconnect", "main"), ("shutdown-frontend-proxy",)):
+            ran = self.c2(*args, env={"DOCKER_HOST": "unix://" + self.path("no.sock")}, code=1)
+            self.assertIn("docker", ran.err)
+            self.assertEqual(before, self.state())
+        self.assertEqual(["a-1.zip", 503], [self.release_of("main.test"), self.release_of("test.test")])
+
+    def test_connect_to_a_deploy_that_does_not_answer(self):
+        self.proxy_config({"readyTimeoutSecs": 0.5, "readyPath": "/ok"})
+        self.app("good.zip")
+        self.app("deaf.zip", "deaf")
+        self.c2("start", "good.zip")
+        self.c2("start", "deaf.zip")
+        ran = self.c2("connect", "test", "deaf")       # which has nothing to lose
+        self.assertIn("does not answer GET /ok", ran.err)
+        self.assertEqual("deaf", self.state()["connections"]["test"])
+        self.c2("connect", "main", "good")
+        ran = self.c2("connect", "main", "deaf", code=3)
+        self.assertIn("main stays on good", ran.err)
+        self.assertEqual("good.zip", self.release_of("main.test"))
+        self.c2("connect", "main", "deaf", "--force")
+        self.assertEqual("deaf", self.state()["connections"]["main"])
+        self.c2("rollback", "main")
+        self.assertEqual("good.zip", self.release_of("main.test"))
+        self.proxy_config({"readyTimeoutSecs": 0.5, "readyPath": "/404"})
+        self.c2("start", "good.zip", "second")
+        self.c2("connect", "main", "second")       # warned of: the one that serves is not ready either
+        self.assertEqual("second", self.state()["connections"]["main"])
+
+    def test_umask_077(self):
+        """What nginx's own user must read it can read."""
+        self.proxy_config()
+        self.app("a-1.zip")
+        for args in (("start", "a-1.zip"), ("connect", "main", "a-1"), ("connect", "test", "a-1")):
+            self.c2(*args, preexec_fn=lambda: os.umask(0o077))
+        self.assertEqual("a-1.zip", self.release_of("test.test"))
+        self.assertEqual(0o755, os.stat(self.path("deploys", "a-1")).st_mode & 0o777)
+
+
+@needs_bed
+class Camus2WalkThroughs(Proxy):
+    """The step-by-step examples of camus2's user guide, typed as they stand but for image and directory."""
+
+    COMPOSE = """version: "3"
+services:
+  web:
+    image: c2-test/app:local
+    deploy:
+      replicas: 1
+"""
+    PORTS = '    ports:\n      - "{{ports.http}}:80"\n'
+    STOP = "docker compose stop && docker compose rm -f && docker system prune -f"
+
+    def page(self, port):
+        return (c2.http_get(port, "/") or (None,))[0]
+
+    def test_basic(self):
+        self.write("etc/camus2.yaml", "deploysDir: {0}/releases-of\nlogFile: {0}/logs\nreleases:\n"
+                   "  localdir: {0}/releases\n".format(self.dir))
+        for name in ("test1.zip", "test2.zip"):
+            self.release(name, {"docker-compose.yml": self.COMPOSE}, prestartCommand="", templates=[],
+                         startCommand="docker compose up", stopCommand=self.STOP)
+            os.utime(self.path("releases", name), (time.time(), time.time() + (name == "test2.zip")))
+        self.assertEqual("test2.zip\ntest1.zip\n", self.c2("list-releases").out)
+        for started, stopped in (("test1.zip", "test1.zip"), ("test2.zip", "test2")):
+            begun = self.start_c2("start", started)
+            wait_for(lambda: "test" in self.docker("ps", "--format", "{{.Names}}"), 60, "the container")
+            ran = self.c2("stop", stopped)
+            self.assertIn("ending c2 start " + started, ran.err)
+            ended = self.finish(begun)
+            self.assertEqual(143, ended.code, ended)
+            self.assertNotIn("Traceback", ended.err)
+            self.assertNotIn("web", self.docker("ps", "-a", "--format", "{{.Names}}"))
+        self.assertIn("was cancelled", self.c2("show-log").out)
+
+    def test_the_hint_that_a_start_command_should_return(self):
+        self.configure()
+        self.release("test1.zip", startCommand="sleep 1000")
+        begun = self.start_c2("start", "test1.zip")
+        for line in iter(begun.stderr.readline, b""):
+            if b"still runs" in line:
+                break
+        self.assertIn(b"docker compose up -d", line)
+        self.c2("stop", "test1.zip")
+        self.assertEqual(143, self.finish(begun).code)
+
+    def test_proxy(self):
+        self.write("etc/camus2.yaml", """deploysDir: {0}/deploys
+logFile: {0}/camus2.log
+nginxDockerImage: c2-test/nginx
+nginxDockerVersion: local
+releases:
+  localdir: {0}/releases
+deployMode:
+  proxy:
+    endPoints:
+      main:
+        serverNames:
+        - main.localhost
+        etype: httpOnly
+      test:
+        serverNames:
+        - test.localhost
+        etype: httpOnly
+    dynamicPortRange:
+      v1: 8000
+      v2: 8100
+""".format(self.dir))
+        for name in ("test1.zip", "test2.zip"):
+            self.release(name, {"docker-compose.yml.tpl": self.COMPOSE + self.PORTS},
+                         prestartCommand="", startCommand="docker compose up -d", stopCommand=self.STOP,
+                         templates=["docker-compose.yml.tpl"])
+            self.c2("start", name)
+        shown = self.c2("status").out
+        for part in ("main: (main.localhost:80) -> (not connected)", "(localhost:8000)", "(localhost:8001)"):
+            self.assertIn(part, shown)
+        self.c2("connect", "main", "test1.zip")
+        self.c2("connect", "test", "test2.zip")
+        shown = self.c2("status").out
+        self.assertIn("  main: (main.localhost:80) -> test1\n  test: (test.localhost:80) -> test2\n", shown)
+        # an empty directory, for which busybox says 404; the guide's image says It works!
+        self.assertEqual([404, 404], [self.status_of("main.localhost"), self.status_of("test.localhost")])
+        self.c2("stop", "test1.zip", code=3)       # connected
+        self.c2("disconnect", "test")
+        self.assertEqual([404, 503], [self.status_of("main.localhost"), self.status_of("test.localhost")])
+        self.c2("stop", "test2.zip")
+        self.c2("disconnect", "main")
+        self.c2("stop", "test1.zip")
+        self.assertEqual({}, self.state()["deploys"])
+        self.c2("shutdown-frontend-proxy")
+
+    def test_connect_a_release_where_there_is_one_endpoint(self):
+        self.proxy_config({"endPoints": {"main": self.end_point("main.localhost")}})
+        for name in ("test1.zip", "test2.zip"):
+            self.app(name)
+            self.c2("start", name)
+            self.c2("connect", name)
+            self.assertEqual(name, self.release_of("main.localhost"))
+        self.c2("stop", "test1.zip")
 
 
 

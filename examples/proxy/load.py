@@ -1,4 +1,4 @@
-"""Asks a URL over and over on eight connections, half of them kept, until SIGTERM; prints what was answered, counted."""
+"""Asks over and over on eight connections, half of them kept, until SIGTERM; prints the answers, counted."""
 import collections
 import http.client
 import signal
@@ -34,4 +34,5 @@ for thread in threads:
     thread.join()
 for text, count in sorted(counts.items()):
     print("%8d  %s" % (count, text))
-print("%8d  of %d requests failed" % (sum(n for t, n in counts.items() if t.startswith("FAILED")), sum(counts.values())))
+failed = sum(count for text, count in counts.items() if text.startswith("FAILED"))
+print("%8d  of %d requests failed" % (failed, sum(counts.values())))
