@@ -1249,7 +1249,7 @@ http {
 {{#c2.healthCheck}}
     location = {{{incomingPath}}} {
       if ($c2_port = "") { return 503; }
-      proxy_pass http://{{c2.upstream}}$c2_port{{{outgoingPath}}};
+      proxy_pass http://{{c2.upstream}}$c2_port{{{outgoingPath}}}$is_args$args;
     }
 {{/c2.healthCheck}}
     location / { return 404; }
