@@ -15,6 +15,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -1569,6 +1570,126 @@ deployMode:
             self.assertEqual(name, self.release_of("main.localhost"))
         self.c2("stop", "test1.zip")
 
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The README and the examples
+# ----------------------------------------------------------------------------------------------------------
+
+class Readme(Proxy):
+    """It says what is so."""
+
+    @classmethod
+    def setUpClass(cls):
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as f:
+            cls.text = f.read()
+
+    def blocks(self, language):
+        return re.findall(r"(?ms)^```%s\n(.*?)^```$" % language, self.text)
+
+    def table(self, heading):
+        section = re.search(r"(?ms)^## %s\n(.*?)(?=^## )" % heading, self.text).group(1)
+        rows = re.findall(r"(?m)^\|(.*)\|$", section)[2:]
+        return [[cell.strip() for cell in row.split("|")] for row in rows]
+
+    def default(self, cls, field):
+        if field not in cls._field_defaults:
+            return "required"
+        value = cls._field_defaults[field]
+        if value is None:
+            return "none"
+        if isinstance(value, c2.HealthCheck):
+            value = "{incomingPath: %s, outgoingPath: %s}" % (value.incoming_path, value.outgoing_path)
+        elif isinstance(value, c2.Choice):
+            value = value.name
+        elif isinstance(value, c2.PortRange):
+            value = list(value)
+        return "`%s`" % ('""' if value == "" else value)
+
+    def test_configuration(self):
+        expected = {c2.camel(field): self.default(c2.Config, field) for field in c2.Config._fields}
+        expected.update(("proxy." + c2.camel(field), self.default(c2.ProxyMode, field))
+                        for field in c2.ProxyMode._fields)
+        said = {}
+        for keys, defaults, _ in self.table("Configuration"):
+            keys = re.findall("`([^`]+)`", keys)
+            said.update(zip(keys, re.split(", (?![^`]*`[^`]*$)", defaults) if len(keys) > 1 else [defaults]))
+        self.assertEqual(expected, said)
+
+    def test_commands(self):
+        found = re.findall(r"(?m)^  (\S.*)\n      (.*)$", c2.manual().split("\n\n")[1])
+        self.assertEqual([["`%s`" % usage, summary] for usage, summary in found], self.table("Commands"))
+
+    def test_documents(self):
+        warned = []
+        for block in self.blocks("yaml"):
+            self.assertTrue(c2.decode_config(c2.parse_yaml(block), "/etc", warned.append).proxy)
+        for block in self.blocks("json"):
+            self.write("release.json", block)
+            self.assertTrue(c2.read_release(self.dir, warned.append).start_command)
+        self.assertEqual([], warned)
+
+    def test_size(self):
+        """Figures rounded once stay within a fifth."""
+        with open(C2, encoding="utf-8") as f:
+            text = f.read()
+        said = next(row for row in self.table("Size") if row[0] == "c2.py")[1:3]
+        for figure, real in zip(said, (text.count("\n"), len(text.encode()))):
+            self.assertLess(abs(int(figure.replace(",", "")) / real - 1), .2, figure)
+
+    @needs_bed
+    def test_session(self):
+        """Every console block, one after the other, gives what stands there."""
+        shutil.rmtree(self.path("etc"))
+        shutil.copytree(os.path.join(HERE, "examples", "proxy"), self.path("etc"))
+        config = self.read("etc", "camus2.yaml").replace("Image: nginx", "Image: c2-test/nginx")
+        self.write("etc/camus2.yaml", config.replace("Version: latest", "Version: local"))
+        self.write("etc/app.json", {"image": "c2-test/app:local"})
+        release = json.loads(self.read("etc", "app", "release.json"))
+        for version in ("1.0", "1.1", "1.2"):
+            if version == "1.2":
+                release["startCommand"] = "echo cannot reach the database; exit 1"
+            self.release("web-%s.zip" % version, dict(
+                {"docker-compose.yml.tpl": self.read("etc", "app", "docker-compose.yml.tpl")},
+                **{"public/index.html": "Hello from version %s\n" % version}), **release)
+        os.symlink(sys.executable, self.path("bin", "python3"))
+        written = "".join(self.blocks("console"))
+        commands = re.findall(r"(?m)^\$ (.*)$", written)
+        script = "exec 2>&1\nrc=0\n" + "".join(
+            "printf '%%s\\n' %s; (exit $rc); %s\nrc=$?\n" % (shlex.quote("$ " + command), command)
+            for command in commands)
+        done = subprocess.run(["sh", "-c", script], cwd=self.dir, stdout=subprocess.PIPE,
+                              env=dict(self.env, PATH=self.path("bin") + ":" + self.env["PATH"]))
+        self.maxDiff = None
+        real = done.stdout.decode().replace(self.dir, "/opt/web")
+        when = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d\.\d{3}Z)?")
+        self.assertEqual(when.sub("TIME", written), when.sub("TIME", real))
+
+
+class Examples(Sandbox):
+    def demo(self, name, **env):
+        os.mkdir(self.path("tmp"))
+        done = subprocess.run([os.path.join(HERE, "examples", name)], stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300,
+                              env=dict(os.environ, PYTHON=sys.executable, TMPDIR=self.path("tmp"), **env))
+        said = done.stdout.decode()
+        self.assertEqual(0, done.returncode, said)
+        self.assertNotIn("Traceback", said)
+        self.assertEqual([], os.listdir(self.path("tmp")))
+        return said
+
+    def test_demo(self):
+        said = self.demo("demo.sh")
+        self.assertEqual(["1.0", "1.1", "1.1", "1.0"], re.findall(r"(?m)^Hello from version (.*)$", said))
+        self.assertIn("has been started again", said)
+
+    @needs_bed
+    def test_demo_proxy(self):
+        said = self.demo("demo-proxy.sh", NGINX_IMAGE="c2-test/nginx", NGINX_VERSION="local",
+                         APP_IMAGE="c2-test/app:local")
+        self.assertRegex(said, r"(?m)^ +0  of [1-9]\d+ requests failed$")
+        for version in ("1.0", "1.1"):
+            self.assertRegex(said, r"(?m)^ +[1-9]\d*  Hello from version %s$" % version)
 
 
 # ----------------------------------------------------------------------------------------------------------
