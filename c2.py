@@ -37,6 +37,7 @@ HTTP_TIMEOUT_SECS = 30
 LINGER_SECS, RECENT_SECS = 3, 60
 OUTPUT_LINES = 20            # of a failed command, kept in the log and the message
 UPSTREAMS_MAX = 2000         # a wider port range goes without kept connections to the apps
+RENEWAL_DAYS = 21            # certbot renews 30 days before the end; with fewer left something is wrong
 
 
 class C2Error(Exception):
@@ -1255,7 +1256,7 @@ http {
     location / { return 404; }
   }
 {{#c2.rejectUnknownTls}}
-  server { listen {{c2.httpsPort}} ssl default_server; ssl_reject_handshake on; }
+  server { listen {{c2.httpsPort}} ssl{{c2.listenHttp2}} default_server; ssl_reject_handshake on; }
 {{/c2.rejectUnknownTls}}
 
 {{#endPoints}}
@@ -1323,6 +1324,7 @@ NGINX_LINKS = "cd /etc/nginx; ln -sf c2/conf/nginx.conf c2/conf/candidate.conf .
 NGINX_START = NGINX_LINKS + "; exec nginx -g 'daemon off;'"
 NGINX_TEST = ["nginx", "-t", "-c", "/etc/nginx/candidate.conf"]
 PROXY_DIRS = ("conf", "live", "ports", "certs")     # mounted into the container, below /etc/nginx/c2
+CERTS_IN_PROXY = "/etc/nginx/c2/certs/"
 
 
 def port_of(state: State, end_point: str) -> Optional[int]:
@@ -1348,17 +1350,25 @@ def routes(config: Config, state: State) -> Dict[str, str]:
     return {name: f"../ports/{port or 'none'}" for name, port in table.items()}
 
 
-def nginx_context(config: Config, state: State, certs: Dict[str, tuple], http2: str = "") -> dict:
+def http2_form(version: str) -> str:
+    """How an nginx of this version is told to speak HTTP/2: "on" (1.25.1 and later), "listen" or "" (its
+    CHANGES)."""
+    numbers = [int(n) for n in version.split(".")] if version else []
+    return "on" if numbers >= [1, 25, 1] else "listen" if numbers >= [1, 9, 5] else ""
+
+
+def nginx_context(config: Config, state: State, certs: Dict[str, list], version: str = "") -> dict:
     """What the nginx template is expanded with: camus2's context, absent keys for nulls, and c2's own under
     `c2`.
 
     certs: ENDPOINT -> (certificate, key), paths in the container, for the https endpoints that have one;
-    http2: how the running nginx is told to speak it, "on" (1.25.1 and later), "listen" or "".
+    version: nginx's, on which the spelling of HTTP/2 depends.
     """
     mode, health = config.proxy, config.health_check
     ports = mode.dynamic_port_range
     kept = ports.v2 - ports.v1 <= UPSTREAMS_MAX
     upstreams = {*range(ports.v1, ports.v2), *(d.port for d in state.deploys.values())} if kept else set()
+    http2 = http2_form(version)
     own = {"httpPort": mode.http_port, "httpsPort": mode.https_port, "rejectUnknownTls": bool(certs),
            "http2": http2 == "on", "listenHttp2": " http2" if http2 == "listen" else "",
            "httpsSuffix": "" if mode.https_port == 443 else f":{mode.https_port}",
@@ -1382,6 +1392,10 @@ def nginx_context(config: Config, state: State, certs: Dict[str, tuple], http2: 
     return context
 
 
+def nginx_image(config: Config) -> str:
+    return f"{config.nginx_docker_image}:{config.nginx_docker_version}"
+
+
 def compose_project_name(config: Config) -> str:
     name = config.proxy.container_name
     return "frontend-proxy" if name == ProxyMode._field_defaults["container_name"] else compose_project(name)
@@ -1392,20 +1406,34 @@ def compose_file(config: Config) -> str:
 
     It depends on nothing that changes in daily work: recreating the container is an outage.
     """
-    def mount(source: str, target: str) -> dict:
-        return {"type": "bind", "source": source, "target": target, "read_only": True}
+    def mount(source: str, target: str, read_only: bool = True) -> dict:
+        return {"type": "bind", "source": source, "target": target, "read_only": read_only}
 
-    mounts = [mount(f"./{name}", f"/etc/nginx/c2/{name}") for name in PROXY_DIRS]
-    if any(e.certificate and e.certificate.name == "generated" for e in config.end_points.values()):
-        letsencrypt = os.path.join(config.letsencrypt_prefix_dir, "etc/letsencrypt")
-        mounts += [mount(path, path) for path in (letsencrypt, config.letsencrypt_www_dir)]
-    service = {"container_name": config.proxy.container_name,
-               "image": f"{config.nginx_docker_image}:{config.nginx_docker_version}",
-               "network_mode": "host", "restart": "always", "command": ["sh", "-c", NGINX_START],
-               "volumes": mounts,
-               "logging": {"driver": "json-file", "options": {"max-size": "10m", "max-file": "3"}}}
-    plain = json.dumps({"name": compose_project_name(config), "services": {"nginx": service}}, indent=2)
+    mounts, services = [mount(f"./{name}", f"/etc/nginx/c2/{name}") for name in PROXY_DIRS], {}
+    if generated_names(config):
+        www, (letsencrypt, work) = config.letsencrypt_www_dir, letsencrypt_dirs(config)
+        mounts += [mount(path, path) for path in (letsencrypt, www)]
+        services["certbot"] = {
+            "image": f"{config.certbot_docker_image}:{config.certbot_docker_version}",
+            "network_mode": "host", "profiles": ["certbot"],
+            "volumes": [mount(letsencrypt, "/etc/letsencrypt", False), mount(www, www, False),
+                        mount(work, "/var/lib/letsencrypt", False)]}
+    services["nginx"] = {
+        "container_name": config.proxy.container_name,
+        "image": nginx_image(config),
+        "network_mode": "host", "restart": "always", "command": ["sh", "-c", NGINX_START],
+        "volumes": mounts,
+        "logging": {"driver": "json-file", "options": {"max-size": "10m", "max-file": "3"}}}
+    plain = json.dumps({"name": compose_project_name(config), "services": services}, indent=2)
     return plain.replace("$", "$$") + "\n"
+
+
+def nginx_service(layout: Optional[str]) -> Any:
+    """What of a compose file the proxy's container is made from; None for one that is not c2's."""
+    try:
+        return json.loads(layout or "")["services"]["nginx"]
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def ports_context(port: int, ports: PortRange) -> Dict[str, int]:
@@ -1415,8 +1443,106 @@ def ports_context(port: int, ports: PortRange) -> Dict[str, int]:
     return dict({"http": port}, **{name: p for name, p in extra.items() if p <= 65535})
 
 
-def status_text(config: Config, state: State, runs: Dict[str, bool]) -> str:
-    """`status` for a person; runs: LABEL -> whether its port answers, for those that were asked."""
+class Certificate(NamedTuple):
+    """What a certificate says of itself: its host names, and from when until when it is valid (Unix
+    times)."""
+
+    names: List[str]
+    begins: float
+    ends: float
+
+    @property
+    def until(self) -> str:
+        return utc_now(self.ends)[:10]
+
+    def days_left(self, now: float) -> int:
+        return int((self.ends - now) // 86400)
+
+    def covers(self, host: str) -> bool:
+        """Whether it is for `host`; a wildcard stands for one label. What no certificate can name counts as
+        covered."""
+        host = host.lower()
+        return (host == "_" or host.endswith(".*") or host in self.names
+                or "*." + host.partition(".")[2] in self.names)
+
+    def fault(self, hosts: List[str], now: float) -> str:
+        """Why it can't serve these hosts, as the end of a sentence; "" when it can."""
+        others = [host for host in hosts if not self.covers(host)]
+        if others:
+            return f"is for {', '.join(self.names) or 'no host'}, not for {', '.join(others)}"
+        if now < self.begins:
+            return f"is not valid before {utc_now(self.begins)}"
+        return "" if now < self.ends else f"expired on {self.until}"
+
+
+def letsencrypt_dirs(config: Config) -> List[str]:
+    """certbot's directories on this host: of its configuration, and of its work."""
+    return [os.path.join(config.letsencrypt_prefix_dir, path) for path in ("etc/letsencrypt",
+                                                                           "var/lib/letsencrypt")]
+
+
+def generated_names(config: Config) -> List[str]:
+    """The host names of the generated certificate, each once."""
+    return list(dict.fromkeys(host.lower() for _, e in sorted(config.end_points.items())
+                              if e.certificate and e.certificate.name == "generated"
+                              for host in e.server_names))
+
+
+def check_generated(config: Config) -> None:
+    """Refused, with the reason, unless this configuration has a certificate to generate."""
+    names = generated_names(config)
+    odd = [n for n in names if not re.fullmatch(r"([a-z0-9]([a-z0-9-]*[a-z0-9])?\.)+[a-z0-9-]+", n)]
+    for wrong, reason in (
+            (not config.proxy, "deployMode is noproxy; end TLS where the proxy is"),
+            (config.remote, "the state is remote (remoteStateS3), and the challenge could reach any of the "
+             "machines; end TLS at the load balancer, or give them an explicit certificate"),
+            (not names, "no endpoint has the etype httpsWithRedirect: generated"),
+            (odd, f"HTTP-01 can't prove {', '.join(odd)}; give such an endpoint an explicit certificate"),
+            (not config.auto_cert_contact_email, "autoCertContactEmail is not set; set it to an address that "
+             "is read, the certificate authority writes there")):
+        if wrong:
+            raise Refused(f"there is no certificate to generate: {reason}")
+
+
+def certbot_args(config: Config, renew: bool = False) -> List[str]:
+    """What certbot is run with; it renews when due, or when the names differ from the certificate's. renew:
+    in any case."""
+    server = ["--server", config.acme_server] if config.acme_server else []
+    domains = [arg for name in generated_names(config) for arg in ("--domain", name)]
+    return ["certonly", "--non-interactive", "--agree-tos", "--email", config.auto_cert_contact_email,
+            "--webroot", "--webroot-path", config.letsencrypt_www_dir, "--cert-name", config.auto_cert_name,
+            "--force-renewal" if renew else "--keep-until-expiring", "--renew-with-new-domains",
+            *server, *domains]
+
+
+def certbot_reason(output: str) -> str:
+    """Why certbot failed, in its own words: what it says of the challenges, else its error, on one line."""
+    refused = re.findall(r"^ *(?:Domain|Identifier): *(.+)\n *Type: *(.+)\n *Detail: *(.+)", output, re.M)
+    if refused:
+        return "; ".join(f"{name}: {kind}: {detail.strip()}" for name, kind, detail in refused)
+    chatter = r"^(Saving debug log|Ask for help|An unexpected error occurred| Container |Traceback|- - -)"
+    lines = [line.strip() for line in output.splitlines() if line.strip() and not re.match(chatter, line)]
+    words = " ".join(dict.fromkeys(lines[-4:])) or "without a word"
+    return words if len(words) <= 500 else words[:250] + " ... " + words[-250:]
+
+
+def certificate_lines(certificates: Dict[str, Any], now: float, colour: bool) -> List[str]:
+    """The certificates as `status` shows them to a person; ENDPOINT -> Certificate, or why there is none."""
+    lines = []
+    for name, certificate in sorted(certificates.items()):
+        facts, days = certificate, -1
+        if isinstance(certificate, Certificate):
+            days = certificate.days_left(now)
+            left = f"{days} days left, until" if now < certificate.ends else "EXPIRED on"
+            facts = f"{', '.join(certificate.names)}: {left} {certificate.until}"
+        warn = colour and days < RENEWAL_DAYS
+        lines.append(f"  {name}: " + (f"\x1b[33m{facts}\x1b[0m" if warn else facts))
+    return lines
+
+
+def status_text(config: Config, state: State, runs: Dict[str, bool], certificates: Any = ()) -> str:
+    """`status` for a person; runs: LABEL -> whether its port answers, for those that were asked;
+    certificates: their lines."""
     lines = []
     if config.proxy:
         lines.append("Endpoints:")
@@ -1425,6 +1551,8 @@ def status_text(config: Config, state: State, runs: Dict[str, bool]) -> str:
             hosts = ", ".join(f"{host}:{config.proxy.http_port}{https}" for host in end_point.server_names)
             lines.append(f"  {name}: ({hosts}) -> {state.connections.get(name, '(not connected)')}")
         lines.append("")
+    if certificates:
+        lines += ["Certificates:", *certificates, ""]
     lines.append("Deploys:")
     for name, deploy in sorted(state.deploys.items()):
         shown = name if name == deploy.release else f"{name} ({deploy.release})"
@@ -1852,12 +1980,12 @@ def run(args: List[str], timeout: Optional[float] = 60, cwd: Optional[str] = Non
         except BaseException:
             end_group(process.pid)
             raise
-    said = (err or b"").decode("utf-8", "replace")
+    answer = (out or b"").decode("utf-8", "replace")
     if process.returncode:
-        last = tail(said + (out or b"").decode("utf-8", "replace"), 8)
-        raise CommandFailed(f"{shown}: exit {process.returncode}: {last or 'without a word'}",
+        said = (err or b"").decode("utf-8", "replace") + answer
+        raise CommandFailed(f"{shown}: exit {process.returncode}: {tail(said, 8) or 'without a word'}",
                             process.returncode, said)
-    return (out or b"").decode("utf-8", "replace")
+    return answer
 
 
 def aws(*args: str, timeout: float = 120, **options: Any) -> str:
@@ -2512,13 +2640,15 @@ class Container(NamedTuple):
     """What the engine says of the proxy's container; `directory` is where its compose file lies."""
 
     running: bool = False
+    image: str = ""
     directory: str = ""
 
 
-def compose(host: Host, *args: str, timeout: float = DOCKER_TIMEOUT_SECS) -> str:
+def compose(host: Host, *args: str, **options: Any) -> str:
     directory = host.config.proxy_path()
     return run(["docker", "compose", "-p", compose_project_name(host.config), "-f",
-                os.path.join(directory, "docker-compose.yml"), *args], timeout=timeout, cwd=directory)
+                os.path.join(directory, "docker-compose.yml"), *args], DOCKER_TIMEOUT_SECS, directory,
+               **options)
 
 
 def inspect_proxy(host: Host) -> Container:
@@ -2526,17 +2656,30 @@ def inspect_proxy(host: Host) -> Container:
     config, name = host.config, host.config.proxy.container_name
     try:
         answer = run(["docker", "inspect", "--type", "container", "-f",
-                      '{{.State.Running}} {{.State.Restarting}} {{index .Config.Labels '
+                      '{{.State.Running}} {{.State.Restarting}} {{.Image}} {{index .Config.Labels '
                       '"com.docker.compose.project.working_dir"}}', name])
     except CommandFailed as e:
         if "no such" in e.output.lower():
             return Container()
         raise
-    running, restarting, directory = (answer.strip() + "  ").split(" ", 2)
+    running, restarting, image, directory = (answer.strip() + "  ").split(" ", 3)
     if os.path.realpath(directory.strip()) != os.path.realpath(config.proxy_path()):
         raise Refused(f"the container {name} belongs to {directory.strip() or 'no compose project'}, not to "
                       f"{config.proxy_path()}; remove it, or set deployMode.proxy.containerName")
-    return Container(running == "true" and restarting != "true", directory.strip())
+    return Container(running == "true" and restarting != "true", image, directory.strip())
+
+
+def ask_nginx(host: Host, container: Container, runs: bool) -> dict:
+    """Image and version of the proxy's nginx: of the container if it runs and stays, else of the image that
+    it will be made from. The last context remembers the answer."""
+    config, known = host.config, last_context(host.config).get("c2", {}).get("nginx", {})
+    if runs and known.get("image") == container.image:
+        return known
+    args = (["exec", config.proxy.container_name, "nginx"] if runs else
+            ["run", "--rm", "--entrypoint", "nginx", nginx_image(config)])
+    said = run(["docker", *args, "-v"], DOCKER_TIMEOUT_SECS, merge=True)
+    version = re.search(r"/(\d+(\.\d+)+)", said)
+    return {"image": container.image if runs else "", "version": version.group(1) if version else ""}
 
 
 def proxy_workers(host: Host) -> Dict[str, bool]:
@@ -2573,18 +2716,6 @@ def proxy_words(host: Host) -> str:
     return tail("\n".join(words), 3) or f"it says nothing; look at docker logs {name}"
 
 
-def certificates(config: Config) -> Dict[str, tuple]:
-    """The certificate and key, as the container sees them, of each https endpoint that has one."""
-    found = {}
-    live = os.path.join(config.letsencrypt_prefix_dir, "etc/letsencrypt/live", config.auto_cert_name)
-    for name, end_point in config.end_points.items():
-        if end_point.certificate and end_point.certificate.name == "generated":
-            pair = os.path.join(live, "fullchain.pem"), os.path.join(live, "privkey.pem")
-            if all(os.path.exists(path) for path in pair):
-                found[name] = pair
-    return found
-
-
 def render_nginx(config: Config, context: dict) -> str:
     path = config.proxy.nginx_conf_template_path
     if not path:
@@ -2600,9 +2731,8 @@ def lay_out_proxy(config: Config, state: State) -> None:
     umask."""
     for name in PROXY_DIRS:
         make_dir(config.proxy_path(name), 0o711 if name == "certs" else 0o755)
-    if any(e.certificate for e in config.end_points.values()):
-        make_dir(os.path.join(config.letsencrypt_prefix_dir, "etc/letsencrypt"))
-        make_dir(config.letsencrypt_www_dir)
+    for path in [*letsencrypt_dirs(config), config.letsencrypt_www_dir] if generated_names(config) else []:
+        make_dir(path)
     for target in ["../ports/none", *routes(config, state).values()]:
         path = config.proxy_path("live", target)
         if not os.path.exists(path):
@@ -2654,24 +2784,34 @@ def install_nginx_conf(host: Host, conf: str, running: bool) -> Callable[[], Non
     return take_back
 
 
-def route(host: Host, state: State, start: bool = True) -> None:
+def gather_context(host: Host, state: State, container: Container, runs: bool) -> dict:
+    """The context of nginx's configuration: the certificates copied for it, and the version of nginx asked
+    for."""
+    certs = install_certificates(host)
+    nginx = ask_nginx(host, container, runs) if certs else {}
+    context = nginx_context(host.config, state, certs, nginx.get("version", ""))
+    context["c2"]["nginx"] = nginx      # so that it is not asked each time
+    return context
+
+
+def route(host: Host, state: State, start: bool = True, check: Callable[[], None] = lambda: None) -> None:
     """Make the proxy serve the connections of `state`; C2Error, and all as before, when it can't.
 
-    start: bring the proxy up if it does not run. The switch itself is the rename of links; nginx reloads only
-    when its rendered configuration has changed.
+    start: bring the proxy up if it does not run; check: raises when what it serves then is not right. The
+    switch itself is the rename of links; nginx reloads only when its rendered configuration has changed.
     """
     config = host.config
-    container = inspect_proxy(host)
-    certs = certificates(config)
-    context = nginx_context(config, state, certs)
-    conf, layout = render_nginx(config, context), compose_file(config)
+    container, layout = inspect_proxy(host), compose_file(config)
     layout_path = config.proxy_path("docker-compose.yml")
     candidate = config.proxy_path("conf", "candidate.conf")
-    if start and not container.running:
-        require_free_ports(config, bool(certs))
     lay_out_proxy(config, state)
     old_layout = read_file(layout_path)
-    rebuild = container.running and old_layout != layout
+    rebuild = container.running and nginx_service(old_layout) != nginx_service(layout)
+    runs = container.running and not rebuild
+    context = gather_context(host, state, container, runs)
+    conf = render_nginx(config, context)
+    if start and not container.running:
+        require_free_ports(config, bool(served_certificates(context)))
     reload_due = conf != read_file(config.proxy_path("conf", "nginx.conf")) or os.path.exists(candidate)
     if rebuild:
         host.log.warn("proxy", "the proxy's image, name or directories have changed: its container is made "
@@ -2680,7 +2820,6 @@ def route(host: Host, state: State, start: bool = True) -> None:
         if old_layout != layout:
             replace_file(layout_path, layout)
             undo.append(lambda: replace_file(layout_path, old_layout) if old_layout is not None else None)
-        runs = container.running and not rebuild
         if (start or container.running) and (reload_due or not runs):
             undo.append(install_nginx_conf(host, conf, runs))
         before = set_links(config, routes(config, state))
@@ -2695,9 +2834,11 @@ def route(host: Host, state: State, start: bool = True) -> None:
             compose(host, "up", "-d", "nginx")
         if start or container.running:
             verify(host, state, conf, fresh=not runs)
+            check()
     with contextlib.suppress(FileNotFoundError):
         os.unlink(candidate)
     replace_file(config.proxy_path("nginx.ctx.json"), json.dumps(context, indent=2) + "\n")
+    remove_old_certificates(config)
 
 
 def require_free_ports(config: Config, https: bool) -> None:
@@ -2752,6 +2893,201 @@ def verify(host: Host, state: State, conf: str, fresh: bool) -> None:
                 host.log.warn("verify", f"nginx does not say on port {config.proxy.http_port} where {name} "
                               "points; c2 can't tell whether the switch has happened", endpoint=name)
                 break
+            time.sleep(0.05)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Certificates: checked, copied to where nginx reads them, and obtained by certbot
+# ----------------------------------------------------------------------------------------------------------
+
+def generated_files(config: Config) -> List[str]:
+    """certbot's files of the generated certificate, with its chain, and of its key."""
+    live = os.path.join(letsencrypt_dirs(config)[0], "live", config.auto_cert_name)
+    return [os.path.join(live, "fullchain.pem"), os.path.join(live, "privkey.pem")]
+
+
+def read_certificate(path: str) -> Certificate:
+    """The first certificate in a PEM file; C2Error when there is none."""
+    import ssl
+    try:
+        open(path, "rb").close()
+        plain = ssl._ssl._test_decode_cert(path)        # the only parser that the standard library has
+        begins, ends = (ssl.cert_time_to_seconds(plain[key]) for key in ("notBefore", "notAfter"))
+    except (ssl.SSLError, ValueError):
+        raise C2Error(f"{path} is not a certificate in PEM form") from None
+    except OSError as e:
+        raise C2Error(f"{path} can't be read: {e.strerror}") from None
+    names = [value.lower() for kind, value in plain.get("subjectAltName", ()) if kind == "DNS"]
+    return Certificate(names, begins, ends)
+
+
+def pair_fault(certificate: str, key: str) -> str:
+    """Why a certificate can't be used with a key, as the end of a sentence; "" when it can."""
+    import ssl
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password=lambda: b"")
+    except ssl.SSLError as e:
+        if not e.reason:
+            return "has a key that can't be read: encrypted, damaged or not in PEM form"
+        return "is too weak" if "SMALL" in e.reason or "WEAK" in e.reason else "does not belong to its key"
+    return ""
+
+
+def copy_certificate(host: Host, name: str, kind: str, source: List[str]) -> Optional[List[str]]:
+    """Copy an endpoint's certificate and key to `certs/`, checked; None where there is none yet to copy.
+
+    The names of the copies change with the content. So does the configuration, and nginx takes a certificate
+    as it takes anything else; until then it has what it had. Raises C2Error for a given one that can't serve.
+    One that is in use already is only warned of: it must not stand in the way of a deploy.
+    """
+    import hashlib
+    config, hosts = host.config, host.config.end_points[name].server_names
+    content = [read_file(path) for path in source]
+    if None in content:
+        if kind == "generated":
+            return None
+        raise C2Error(f"{name} needs the certificate file {source[content.index(None)]}, which is not there")
+    digest = hashlib.sha256("".join(content).encode()).hexdigest()[:16]
+    files = [f"{name}-{digest}.crt", f"{name}-{digest}.key"]
+    copies = [config.proxy_path("certs", file) for file in files]
+    for path, pem in zip(copies, content):
+        if not os.path.exists(path):
+            replace_file(path, pem, 0o600)
+    try:
+        certificate = read_certificate(copies[0])
+    except C2Error:
+        raise C2Error(f"{name}: {source[0]} is not a certificate in PEM form") from None
+    if kind == "generated":     # what has been added since has to wait for the next one, what was in it not
+        hosts = [h for h in hosts if certificate.covers(h)]
+    fault = pair_fault(*copies) or certificate.fault(hosts, time.time())
+    if fault:
+        problem = f"{name}: the certificate {source[0]} (key {source[1]}) {fault}"
+        if kind != "generated" and served_certificates(last_context(config)).get(name) != files[0]:
+            raise C2Error(f"{problem}; what the proxy serves stays as it is")
+        host.log.warn("certificate", problem, endpoint=name)
+    return [CERTS_IN_PROXY + file for file in files] if hosts else None
+
+
+def install_certificates(host: Host) -> Dict[str, list]:
+    """Certificate and key, as the container sees them, of each https endpoint that has one."""
+    found = {}
+    for name, end_point in sorted(host.config.end_points.items()):
+        if end_point.certificate:
+            kind, given = end_point.certificate
+            found[name] = copy_certificate(host, name, kind, list(given or generated_files(host.config)))
+    return {name: pair for name, pair in found.items() if pair}
+
+
+def last_context(config: Config) -> dict:
+    """The context that the configuration of nginx was made from; {} for none, or one of camus2."""
+    try:
+        context = json.loads(read_file(config.proxy_path("nginx.ctx.json")) or "{}")
+    except ValueError:
+        return {}
+    return context if "c2" in context else {}
+
+
+def served_certificates(context: dict) -> Dict[str, str]:
+    """The certificates in the context of nginx's configuration: ENDPOINT -> file in `certs/`."""
+    entries = [entry for kinds in context.get("endPoints", []) for entry in kinds.values()]
+    return {e["label"]: os.path.basename(e["sslCertPath"]) for e in entries if "sslCertPath" in e}
+
+
+def remove_old_certificates(config: Config) -> None:
+    """Remove the copies that nothing names any more."""
+    used = [read_file(config.proxy_path(path)) or "" for path in ("conf/nginx.conf", "nginx.ctx.json")]
+    for file in list_dir(config.proxy_path("certs")):
+        if not any(CERTS_IN_PROXY + file in text for text in used):
+            os.unlink(config.proxy_path("certs", file))
+
+
+def status_certificates(config: Config) -> Dict[str, Any]:
+    """ENDPOINT -> the Certificate that nginx uses for it, or why there is none."""
+    found, served = {}, served_certificates(last_context(config))
+    for name, end_point in config.end_points.items():
+        if name in served:
+            try:
+                found[name] = read_certificate(config.proxy_path("certs", served[name]))
+            except C2Error as e:
+                found[name] = str(e)
+        elif end_point.certificate and not config.remote:
+            generated = end_point.certificate.name == "generated"
+            command = "generate-ssl-certificate" if generated else "restart-frontend-proxy"
+            found[name] = f"no certificate yet; c2 {command} gets it"
+    return found
+
+
+def generate_certificate(host: Host, state: State) -> None:
+    """Have certbot obtain or renew the certificate, and the proxy serve it; what it serves stays when a step
+    fails."""
+    config, names = host.config, generated_names(host.config)
+    chain = generated_files(config)[0]
+    host.log.add_secrets([config.auto_cert_contact_email])
+    before = read_file(chain)
+    route(host, state)          # which answers the challenge
+    host.log.info("certbot", f"certbot looks after the certificate {config.auto_cert_name} for "
+                  f"{', '.join(names)}")
+    run_certbot(host)
+    certificate, after = read_certificate(chain), read_file(chain)
+    route(host, state, check=lambda: check_presented(config, after or "", names))
+    done = "is not due" if after == before else "is new, and served"
+    host.log.info("certificate", f"the certificate for {', '.join(certificate.names)} {done}; it is valid "
+                  f"until {certificate.until}, for {certificate.days_left(time.time())} days")
+
+
+def run_certbot(host: Host) -> None:
+    """Run certbot in its container; CommandFailed with its own reason."""
+    config, name = host.config, f"{host.config.proxy.container_name}-certbot"
+    letsencrypt = letsencrypt_dirs(config)[0]
+    known = read_file(os.path.join(letsencrypt, "renewal", f"{config.auto_cert_name}.conf")) or ""
+    server = re.search(r"^server = (.+)$", known, re.M)
+    elsewhere = bool(server and config.acme_server and server.group(1).strip() != config.acme_server)
+    archive = os.path.join(letsencrypt, "archive", config.auto_cert_name)
+    for file in list_dir(archive):
+        if file.startswith("privkey"):      # certbot gives a new key the mode of the old one
+            os.chmod(os.path.join(archive, file), 0o600)
+
+    def end() -> None:
+        with contextlib.suppress(CommandFailed):
+            run(["docker", "rm", "-f", name])
+    end()           # one that a killed c2 left
+    try:
+        compose(host, "run", "--rm", "-T", "--name", name, "certbot", *certbot_args(config, elsewhere),
+                merge=True)
+    except CommandFailed as e:
+        raise CommandFailed(f"certbot got no certificate, and what is served stays as it is: "
+                            f"{certbot_reason(e.output) or e}", e.exit, tail(e.output)) from None
+    finally:
+        end()
+
+
+def presented(port: int, name: str) -> Optional[bytes]:
+    """The certificate (DER) that 127.0.0.1 presents to a client that asks for `name`; None without a
+    handshake."""
+    import socket
+    import ssl
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    try:
+        with socket.create_connection(("127.0.0.1", port), ASK_TIMEOUT_SECS) as plain, \
+                context.wrap_socket(plain, server_hostname=name) as s:
+            return s.getpeercert(True)
+    except (OSError, ValueError):
+        return None
+
+
+def check_presented(config: Config, chain: str, names: List[str]) -> None:
+    """Raise unless the proxy presents the first certificate of `chain` (PEM) for each of these names."""
+    import ssl
+    leaf = re.search("-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", chain, re.S)
+    wanted = ssl.PEM_cert_to_DER_cert(leaf.group() if leaf else "")
+    deadline, port = time.monotonic() + ASK_TIMEOUT_SECS, config.proxy.https_port
+    for name in names:
+        while presented(port, name) != wanted:
+            if time.monotonic() > deadline:
+                own = config.proxy.nginx_conf_template_path
+                raise C2Error(f"port {port} does not present that certificate to who asks for {name}; "
+                              f"look at {own or 'docker logs ' + config.proxy.container_name}")
             time.sleep(0.05)
 
 
@@ -3121,6 +3457,10 @@ def connect(host: Host, state: State, end_point: str, deploy: Deploy, force: boo
         host.log.warn("not-ready", f"{problem}; connecting it all the same", endpoint=end_point,
                       deploy=deploy.label)
     carry_out(host, [Connect(end_point, deploy.label)], state)
+    served = served_certificates(last_context(host.config))
+    if host.config.end_points[end_point].certificate and end_point not in served:
+        host.log.warn("certificate", f"{end_point} answers 503, since it has no certificate yet; c2 "
+                      "generate-ssl-certificate gets it", endpoint=end_point)
 
 
 def cmd_disconnect(host: Host, args: Any) -> None:
@@ -3149,11 +3489,15 @@ def cmd_rollback(host: Host, args: Any) -> None:
 def cmd_status(host: Host, args: Any) -> None:
     config = host.config
     state = host_state(config)
+    certificates, now = status_certificates(config), time.time()
     if args.json:
-        emit(json.dumps({"master": encode_state(state)}, indent=2) + "\n")
+        plain = {name: {"names": c.names, "notAfter": utc_now(c.ends), "daysLeft": c.days_left(now)}
+                 if isinstance(c, Certificate) else {"error": c} for name, c in certificates.items()}
+        emit(json.dumps({"master": encode_state(state), "certificates": plain}, indent=2) + "\n")
         return
     runs = {name: listening(deploy.port) for name, deploy in state.deploys.items() if deploy.port}
-    emit(status_text(config, state, runs) + "\n")
+    lines = certificate_lines(certificates, now, sys.stdout.isatty() and "NO_COLOR" not in os.environ)
+    emit(status_text(config, state, runs, lines) + "\n")
     report_unfinished(config)
 
 
@@ -3239,6 +3583,12 @@ def cmd_shutdown_frontend_proxy(host: Host, args: Any) -> None:
         if inspect_proxy(host).directory:
             compose(host, "down")
         host.log.info("proxy", "the proxy is down; c2 connect or c2 restart-frontend-proxy bring it up again")
+
+
+def cmd_generate_ssl_certificate(host: Host, args: Any) -> None:
+    check_generated(host.config)
+    with changing(host, args.lock_wait, verb="generate-ssl-certificate"):
+        generate_certificate(host, load_state(host.config))
 
 
 def cmd_aws_docker_login(host: Host, args: Any) -> None:
@@ -3333,6 +3683,9 @@ COMMANDS = {
                                       [LOCK_WAIT]),
     "shutdown-frontend-proxy": Command(cmd_shutdown_frontend_proxy, "take the proxy down",
                                        "c2 shutdown-frontend-proxy", [LOCK_WAIT]),
+    "generate-ssl-certificate": Command(cmd_generate_ssl_certificate, "obtain the certificate of the https "
+                                        "endpoints, or renew it when due, and serve it",
+                                        "c2 generate-ssl-certificate", [LOCK_WAIT]),
     "aws-docker-login-cmd": Command(cmd_aws_docker_login, "print a docker login command line for ECR",
                                     'eval "$(c2 aws-docker-login-cmd)"', [
                                         argument("registry_id", metavar="REGISTRY_ID", nargs="?",
@@ -3437,7 +3790,8 @@ def perform(args: Any) -> None:
         command.function(host, args)
     except C2Error as e:
         if hasattr(args, "lock_wait") and not host.log.failed:      # refused before an action began
-            host.log.event("error", "refused", str(e))
+            host.log.event("error", "refused" if isinstance(e, Refused) else "failed", str(e),
+                           exit=getattr(e, "exit", None), output=getattr(e, "output", ""))
         raise
 
 

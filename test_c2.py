@@ -19,6 +19,7 @@ import shlex
 import shutil
 import signal
 import socket
+import ssl
 import string
 import subprocess
 import sys
@@ -26,6 +27,7 @@ import tempfile
 import threading
 import time
 import unittest
+import urllib.request
 import zipfile
 from unittest import mock
 
@@ -1703,6 +1705,491 @@ class Examples(Sandbox):
 # ----------------------------------------------------------------------------------------------------------
 
 
+def make_certificate(directory, name, hosts, key=None):
+    """Make NAME.crt and NAME.key, self-signed for these hosts for 90 days, with the openssl program."""
+    crt, key = os.path.join(directory, name + ".crt"), key or os.path.join(directory, name + ".key")
+    subprocess.check_output(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+         "-days", "90", "-subj", "/CN=" + name,
+         "-addext", "subjectAltName=" + ",".join("DNS:" + host for host in hosts),
+         "-keyout", key, "-out", crt], stderr=subprocess.STDOUT)
+    return crt, key
+
+
+def explicit(pair):
+    return {"httpsWithRedirect": {"explicit": {"sslCertificate": pair[0], "sslCertificateKey": pair[1]}}}
+
+
+def https_config(directory, **keys):
+    """A Config whose endpoints main (two hosts) and shop (one) have the generated certificate."""
+    generated = {"httpsWithRedirect": "generated"}
+    proxy = keys.pop("proxy", {"endPoints": {
+        "shop": {"serverNames": ["Shop.example.com"], "etype": generated},
+        "main": {"serverNames": ["www.example.com", "example.com", "WWW.example.com"], "etype": generated},
+        "plain": {"serverNames": ["plain.example.com"], "etype": "httpOnly"}}})
+    value = dict({"releases": {"localdir": "/r"}, "deploysDir": directory + "/deploys",
+                  "logFile": directory + "/log", "autoCertContactEmail": "ops@example.com",
+                  "deployMode": {"proxy": proxy}}, **keys)
+    return c2.decode_config(value, directory, lambda message: None)
+
+
+class CertificateRules(unittest.TestCase):
+    def test_what_certbot_is_run_with(self):
+        config = https_config("/x")
+        same = ["certonly", "--non-interactive", "--agree-tos", "--email", "ops@example.com", "--webroot",
+                "--webroot-path", "/opt/var/www", "--cert-name", "camus2cert"]
+        domains = ["--domain", "www.example.com", "--domain", "example.com", "--domain", "shop.example.com"]
+        self.assertEqual(c2.certbot_args(config), same + [
+            "--keep-until-expiring", "--renew-with-new-domains"] + domains)
+        config = https_config("/x", acmeServer="https://ca.example/dir")
+        self.assertEqual(c2.certbot_args(config, renew=True), same + [
+            "--force-renewal", "--renew-with-new-domains", "--server", "https://ca.example/dir"] + domains)
+
+    def test_its_service_is_in_the_compose_file_and_no_reason_to_recreate_the_proxy(self):
+        old = c2.compose_file(https_config("/x"))
+        self.assertEqual(old, c2.compose_file(https_config("/x")))
+        services = json.loads(old)["services"]
+        self.assertEqual(services["certbot"]["profiles"], ["certbot"])
+        mounts = [(m["source"], m["target"], m["read_only"]) for m in services["certbot"]["volumes"]]
+        self.assertEqual(mounts, [
+            ("/opt/etc/letsencrypt", "/etc/letsencrypt", False), ("/opt/var/www", "/opt/var/www", False),
+            ("/opt/var/lib/letsencrypt", "/var/lib/letsencrypt", False)])
+        new = c2.compose_file(https_config("/x", certbotDockerImage="my/certbot", certbotDockerVersion="v5"))
+        self.assertEqual(json.loads(new)["services"]["certbot"]["image"], "my/certbot:v5")
+        self.assertEqual(c2.nginx_service(old), c2.nginx_service(new))
+        other = c2.compose_file(https_config("/x", nginxDockerVersion="1"))
+        self.assertNotEqual(c2.nginx_service(old), c2.nginx_service(other))
+        for foreign in (None, "services:\n  nginx: {}\n", "[]", '{"services": []}'):
+            self.assertIsNone(c2.nginx_service(foreign))
+
+    def test_http2_is_spelled_as_this_nginx_wants_it(self):
+        for version, form in (("1.25.1", "on"), ("1.27.0", "on"), ("2.0", "on"), ("1.25.0", "listen"),
+                              ("1.9.5", "listen"), ("1.8.1", ""), ("", "")):
+            self.assertEqual(c2.http2_form(version), form, version)
+        config, pairs = https_config("/x"), {"main": ["/c.crt", "/c.key"]}
+        for version, there, not_there in (
+                ("1.26.2", "  http2 on;", "ssl http2"), ("1.24.0", "listen 443 ssl http2;", "http2 on"),
+                ("", "listen 443 ssl;", "http2")):
+            conf = c2.render_nginx(config, c2.nginx_context(config, c2.State(), pairs, version))
+            self.assertIn(there, conf)
+            self.assertNotIn(not_there, conf)
+
+    def test_hosts_that_a_certificate_is_for(self):
+        certificate = c2.Certificate(["www.example.com", "*.shop.example.com"], 0, 1e9)
+        for host in ("www.example.com", "WWW.Example.Com", "a.shop.example.com", "*.shop.example.com",
+                     ".shop.example.com", "_", "www.example.*"):
+            self.assertTrue(certificate.covers(host), host)
+        for host in ("example.com", "a.b.shop.example.com", "shop.example.com", "*.example.com"):
+            self.assertFalse(certificate.covers(host), host)
+        self.assertEqual(certificate.fault(["www.example.com"], 5), "")
+        self.assertEqual(certificate.fault(["example.com", "www.example.com", "x.y"], 5),
+                         "is for www.example.com, *.shop.example.com, not for example.com, x.y")
+        self.assertEqual(certificate.fault([], 1e9), "expired on 2001-09-09")
+        self.assertEqual(certificate.fault([], -1), "is not valid before 1970-01-01T00:00:00.000Z")
+
+    def test_status_tells_names_and_days_and_colours_what_is_late(self):
+        day = 86400
+        shown = c2.certificate_lines({
+            "late": c2.Certificate(["a.x"], 0, 20.9 * day),
+            "b": c2.Certificate(["b.x", "c.x"], 0, 21.5 * day),
+            "old": c2.Certificate(["o.x"], 0, -1), "none": "no certificate yet"}, 0, True)
+        self.assertEqual(shown, [
+            "  b: b.x, c.x: 21 days left, until 1970-01-22",
+            "  late: \x1b[33ma.x: 20 days left, until 1970-01-21\x1b[0m",
+            "  none: \x1b[33mno certificate yet\x1b[0m", "  old: \x1b[33mo.x: EXPIRED on 1969-12-31\x1b[0m"])
+        self.assertEqual(c2.certificate_lines({"a": c2.Certificate(["a.x"], 0, day)}, 0, False),
+                         ["  a: a.x: 1 days left, until 1970-01-02"])
+
+    def test_the_reason_of_certbot(self):
+        refused = """Renewing an existing certificate for a.example.com and 2 more
+
+Certbot failed to authenticate some domains. The Certificate Authority reported these problems:
+  Identifier: a.example.com
+  Type:   connection
+  Detail: 192.0.2.1: Fetching http://a: refused
+
+  Domain: b.example.com
+  Type:   unauthorized
+  Detail: Invalid response: 404
+
+Hint: The Certificate Authority failed to download the temporary challenge files created by Certbot.
+
+Some challenges have failed."""
+        limit = ("Too many certificates (5) already issued for this exact set of identifiers in the last "
+                 "168h0m0s, retry after 2026-11-25 10:00:00 UTC: see https://letsencrypt.org/docs/rate-limits/")
+        email = "Unable to register an account with ACME server. It believes x is an invalid email address."
+        busy = "Another instance of Certbot is already running."
+        down = "requests.exceptions.ConnectionError: Max retries exceeded with url: /dir (Caused by ...)"
+        for said, reason in (
+                (refused, "a.example.com: connection: 192.0.2.1: Fetching http://a: refused; b.example.com: "
+                          "unauthorized: Invalid response: 404"),
+                ("An unexpected error occurred:\n" + limit, limit), (email, email),
+                ("An unexpected error occurred:\n" + down, down),
+                (busy, busy), ("", "without a word")):
+            output = (" Container x-certbot Created \nSaving debug log to /var/log/letsencrypt.log\n"
+                      + said + "\nAsk for help or search for solutions at https://x. See the logfile.\n")
+            self.assertEqual(c2.certbot_reason(output), reason)
+        self.assertLess(len(c2.certbot_reason("x " * 2000)), 520)
+
+
+class CertificateRefusals(Sandbox):
+    def test_refused_with_the_reason(self):
+        generated, plain = {"httpsWithRedirect": "generated"}, "httpOnly"
+
+        def proxy(etype, names=("www.example.com",), **more):
+            return {"proxy": dict(endPoints={"main": {"serverNames": list(names), "etype": etype}}, **more)}
+        mail = {"autoCertContactEmail": "ops@example.com"}
+        for reason, keys in (
+                ("deployMode is noproxy", mail),
+                ("the state is remote", dict(mail, deployMode=proxy(plain, remoteStateS3="s3://bucket/x"))),
+                ("no endpoint", dict(mail, deployMode=proxy(plain))),
+                ("autoCertContactEmail", {"deployMode": proxy(generated)}),
+                (r"HTTP-01 can't prove \*.example.com, localhost;",
+                 dict(mail, deployMode=proxy(generated, ["*.example.com", "a.example.com", "localhost"])))):
+            self.configure(**keys)
+            ran = self.c2("generate-ssl-certificate", code=3)
+            self.assertRegex(ran.err, reason)
+            self.assertEqual(len(ran.err.splitlines()), 1, ran)
+            self.assertEqual(self.log()[-1]["event"], "refused")
+
+
+@needs(shutil.which("openssl"), "the openssl program")
+class CertificateFiles(unittest.TestCase):
+    def setUp(self):
+        self.dir = os.path.realpath(tempfile.mkdtemp(prefix="c2-test-"))
+        self.addCleanup(shutil.rmtree, self.dir)
+
+    def host(self, pair, names=("www.example.com",)):
+        main = {"serverNames": list(names), "etype": explicit(pair)}
+        config = https_config(self.dir, proxy={"endPoints": {"main": main}})
+        c2.lay_out_proxy(config, c2.State())
+        return c2.Host(config, c2.Log(config.log_file, "test"))
+
+    def copies(self):
+        return sorted(os.listdir(self.dir + "/deploys/frontend-proxy/certs"))
+
+    def test_a_pair_is_copied_for_root_alone_and_again_when_it_changes(self):
+        pair = make_certificate(self.dir, "one", ["www.example.com", "*.x.example.com"])
+        os.chmod(pair[1], 0o644)
+        host = self.host(pair, ["www.example.com", "a.x.example.com"])
+        old = os.umask(0)
+        try:
+            first = c2.install_certificates(host)["main"]
+        finally:
+            os.umask(old)
+        self.assertEqual(self.copies(), sorted(os.path.basename(path) for path in first))
+        for path, source in zip(first, pair):
+            self.assertTrue(path.startswith("/etc/nginx/c2/certs/main-"), path)
+            copy = self.dir + "/deploys/frontend-proxy/certs/" + os.path.basename(path)
+            with open(copy) as a, open(source) as b:
+                self.assertEqual(a.read(), b.read())
+            self.assertEqual(os.stat(copy).st_mode & 0o777, 0o600)
+        self.assertEqual(c2.install_certificates(host)["main"], first)
+        make_certificate(self.dir, "one", ["www.example.com", "*.x.example.com"])
+        second = c2.install_certificates(host)["main"]
+        self.assertNotEqual(first, second)
+        certificate = c2.read_certificate(pair[0])
+        self.assertEqual(certificate.names, ["www.example.com", "*.x.example.com"])
+        self.assertIn(certificate.days_left(time.time()), (89, 90))
+        c2.replace_file(host.config.proxy_path("nginx.ctx.json"), json.dumps({"c2": {}, "endPoints": [
+            {"https": {"label": "main", "sslCertPath": second[0], "sslCertKeyPath": second[1]}}]}))
+        c2.remove_old_certificates(host.config)
+        self.assertEqual(self.copies(), sorted(os.path.basename(path) for path in second))
+        self.assertEqual(c2.status_certificates(host.config), {"main": certificate})
+
+    def test_each_fault_in_a_sentence(self):
+        good = make_certificate(self.dir, "good", ["www.example.com"])
+        other = make_certificate(self.dir, "other", ["www.example.com"])
+        rsa = self.dir + "/rsa.key"
+        subprocess.check_output(["openssl", "genrsa", "-out", rsa, "2048"], stderr=subprocess.STDOUT)
+        locked = self.dir + "/locked.key"
+        subprocess.check_output(["openssl", "ec", "-in", good[1], "-aes256", "-passout", "pass:x",
+                                 "-out", locked], stderr=subprocess.STDOUT)
+        junk = self.dir + "/junk.pem"
+        with open(junk, "w") as f:
+            f.write("-----BEGIN CERTIFICATE-----\nnothing\n-----END CERTIFICATE-----\n")
+        binary = self.dir + "/binary"
+        with open(binary, "wb") as f:
+            f.write(b"\x30\x82\xff")
+        gone = self.dir + "/gone"
+        for pair, names, words in (
+                ((gone, good[1]), None, "main needs the certificate file .*/gone, which is not there"),
+                ((good[0], gone), None, "main needs the certificate file .*/gone, which is not there"),
+                ((junk, good[1]), None, "junk.pem is not a certificate in PEM form"),
+                ((good[1], good[1]), None, "good.key is not a certificate in PEM form"),
+                ((binary, good[1]), None, "binary is not UTF-8 text"),
+                ((good[0], junk), None, "good.crt .key .*junk.pem. has a key that can't be read"),
+                ((good[0], locked), None, "has a key that can't be read: encrypted"),
+                ((good[0], other[1]), None, "good.crt .key .*other.key. does not belong to its key"),
+                ((good[0], rsa), None, "does not belong to its key"),
+                (good, ["www.example.com", "a.example.com"], "is for www.example.com, not for a.example.com"),
+                (good, None, r"good.crt .* expired on \d{4}-\d\d-\d\d; what the proxy serves stays")):
+            with self.subTest(words=words):
+                host, now = self.host(pair, names or ["www.example.com"]), time.time()
+                now += 91 * 86400 if "expired" in words else 0
+                with mock.patch.object(c2.time, "time", lambda now=now: now), \
+                        self.assertRaisesRegex(c2.C2Error, words) as caught:
+                    c2.install_certificates(host)
+                self.assertNotIn("\n", str(caught.exception))
+
+    def test_what_is_in_use_does_not_stand_in_the_way(self):
+        pair = make_certificate(self.dir, "one", ["www.example.com"])
+        host = self.host(pair)
+        used = c2.install_certificates(host)["main"]
+        c2.replace_file(host.config.proxy_path("nginx.ctx.json"), json.dumps({"c2": {}, "endPoints": [
+            {"https": {"label": "main", "sslCertPath": used[0]}}]}))
+        later = time.time() + 91 * 86400
+        with mock.patch.object(c2.time, "time", lambda: later), \
+                contextlib.redirect_stderr(io.StringIO()) as said:
+            self.assertEqual(c2.install_certificates(host)["main"], used)
+        self.assertRegex(said.getvalue(), "warning: main: the certificate .*one.crt .* expired on")
+
+    def test_a_generated_one_serves_the_hosts_that_it_is_for(self):
+        config = https_config(self.dir, letsencryptPrefixDir=self.dir)
+        c2.lay_out_proxy(config, c2.State())
+        host = c2.Host(config, c2.Log(config.log_file, "test"))
+        self.assertEqual(c2.install_certificates(host), {})
+        self.assertEqual(sorted(c2.status_certificates(config)), ["main", "shop"])
+        live = os.path.dirname(c2.generated_files(config)[0])
+        os.makedirs(live)
+        made = make_certificate(self.dir, "le", ["www.example.com"])
+        for path, to in zip(made, c2.generated_files(config)):
+            shutil.move(path, to)
+        self.assertEqual(list(c2.install_certificates(host)), ["main"])     # shop waits for the next
+
+
+@needs_bed
+class CertificatesServed(Sandbox):
+    """With pebble, which validates the challenge through the proxy's port 80."""
+
+    GENERATED = {"httpsWithRedirect": "generated"}
+
+    def setUp(self):
+        super().setUp()
+        self.addCleanup(self.clean_up)
+
+    def clean_up(self):
+        self.c2("shutdown-frontend-proxy", code=None)
+        for pid in glob.glob(self.path("deploys", "*", "pid")):
+            with contextlib.suppress(OSError, ValueError), open(pid) as f:
+                os.kill(int(f.read()), signal.SIGKILL)
+
+    def https(self, end_points, **keys):
+        """Configure these endpoints: NAME -> (hosts, etype)."""
+        entries = {name: {"serverNames": given[0], "etype": given[1]} for name, given in end_points.items()}
+        self.configure(**dict({
+            "nginxDockerImage": "c2-test/nginx", "nginxDockerVersion": "local",
+            "certbotDockerImage": "c2-test/certbot", "certbotDockerVersion": "local",
+            "letsencryptPrefixDir": self.path("opt"), "letsencryptWwwDir": self.path("www"),
+            "autoCertContactEmail": "someone@example.com",
+            "deployMode": {"proxy": {"endPoints": entries, "readyTimeoutSecs": 20}}}, **keys))
+
+    def app(self, label):
+        """Start a deploy that answers with its label."""
+        start = "%s -m http.server $C2_PORT --bind 127.0.0.1 >/dev/null 2>&1 & echo $! >pid" % sys.executable
+        self.release(label + ".zip", {"index.html": label}, startCommand=start, stopCommand="kill $(cat pid)")
+        self.c2("start", label + ".zip")
+
+    def ask(self, host, path="/", port=443, root=None):
+        """(status, body, Location) of a GET; over TLS the certificate is verified, against pebble's root."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.load_verify_locations(root or os.environ["C2_TEST_ROOT"])
+        connection = (http.client.HTTPSConnection(host, port, timeout=10, context=context) if port == 443 else
+                      http.client.HTTPConnection(host, port, timeout=10))
+        with contextlib.closing(connection):
+            connection.request("GET", path)
+            answer = connection.getresponse()
+            return answer.status, answer.read().decode(), answer.getheader("Location")
+
+    def session(self, host, **limits):
+        """Version, ALPN and certificate of a handshake."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.load_verify_locations(os.environ["C2_TEST_ROOT"])
+        context.set_alpn_protocols(["h2", "http/1.1"])
+        context.options |= limits.get("options", 0)
+        with socket.create_connection((host, 443), 10) as plain, \
+                context.wrap_socket(plain, server_hostname=host) as s:
+            return s.version(), s.selected_alpn_protocol(), s.getpeercert(True)
+
+    def container(self):
+        shown = "{{.Id}} {{.State.StartedAt}}"
+        return subprocess.check_output(["docker", "inspect", "-f", shown, "frontendproxy"])
+
+    def make_due(self):
+        conf = self.path("opt/etc/letsencrypt/renewal/camus2cert.conf")
+        with open(conf) as f:
+            text = re.sub("(?m)^renew_before_expiry.*\n", "", f.read())
+        self.write(conf, "renew_before_expiry = 100 days\n" + text)
+
+    @contextlib.contextmanager
+    def load(self, host):
+        """Requests over TLS, each on its own connection, for as long as the body lasts; none may fail."""
+        bad, done, count = [], threading.Event(), [0]
+
+        def run():
+            while not done.is_set():
+                try:
+                    answer = self.ask(host)
+                    bad.extend([answer] if answer[0] != 200 else [])
+                except (OSError, http.client.HTTPException) as e:
+                    bad.append(e)
+                count[0] += 1
+        thread = threading.Thread(target=run)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+        self.assertEqual(bad, [], "of %d" % count[0])
+        self.assertGreater(count[0], 5)
+
+    def keys_are_private(self):
+        found = 0
+        for top in (self.path("opt"), self.path("deploys")):
+            for directory, _, files in os.walk(top):
+                for path in (os.path.join(directory, file) for file in files):
+                    with open(path, errors="replace") as f:
+                        if not os.path.islink(path) and re.search('PRIVATE KEY|"d": ?"', f.read()):
+                            found += 1
+                            self.assertEqual(os.stat(path).st_mode & 0o077, 0, path)
+        self.assertGreater(found, 2)        # certbot's, the account's, the copies
+
+    def test_generated(self):
+        hosts = ["a.example.test", "b.example.test", "c.example.test"]
+        both = {"main": (hosts[:2], self.GENERATED), "shop": (hosts[2:], self.GENERATED)}
+        # A host that never had a proxy; nothing is connected. First the address is wrong.
+        self.https(both, autoCertContactEmail="nonsense")
+        ran = self.c2("generate-ssl-certificate", code=1)
+        self.assertRegex(ran.err, "error: certbot got no certificate, .* nonsense is an invalid email")
+        self.assertNotIn("nonsense", self.read("log.json"))
+        self.assertEqual(self.log()[-1]["event"], "failed")
+        self.https(both)
+        ran = self.c2("generate-ssl-certificate")
+        self.assertRegex(ran.err, "is new, and served; it is valid until 20")
+        self.assertNotIn("someone", self.read("log.json"))
+        first, proxy = self.session(hosts[0]), self.container()
+        self.assertEqual([self.session(host) for host in hosts], [first] * 3)
+        self.assertEqual(first[:2], ("TLSv1.3", "h2"))
+        self.assertEqual(self.session(hosts[0], options=ssl.OP_NO_TLSv1_3)[0], "TLSv1.2")
+        with self.assertRaises(ssl.SSLError):
+            self.session("unknown.example.test")
+        self.keys_are_private()
+        self.assertEqual(self.ask(hosts[0])[0], 503)
+        self.assertEqual(self.ask(hosts[0], "/x?y=1", 80)[::2], (301, "https://a.example.test/x?y=1"))
+        self.assertEqual(self.ask(hosts[0], "/.well-known/acme-challenge/x", 80)[0], 404)
+
+        self.switches(hosts[0])
+        self.assertEqual(self.container(), proxy)
+        self.renewals(hosts, proxy)
+        self.failures(both, hosts)
+        self.another_set_and_another_authority(hosts)
+        self.keys_are_private()
+
+    def switches(self, host):
+        self.app("blue")
+        self.app("green")
+        self.c2("connect", "main", "blue")
+        with self.load(host):
+            for label in ("green", "blue", "green"):
+                self.c2("connect", "main", label)
+                self.assertEqual(self.ask(host)[1], label)
+        self.assertEqual(self.ask(host, port=80)[0], 301)
+
+    def renewals(self, hosts, proxy):
+        before = self.session(hosts[0])[2]
+        ran = self.c2("generate-ssl-certificate")
+        self.assertRegex(ran.err, "is not due; it is valid until 20")
+        self.assertEqual(self.session(hosts[0])[2], before)
+        self.assertIn("a.example.test, b.example.test, c.example.test: 89 days left", self.c2("status").out)
+        shown = json.loads(self.c2("status", "--json").out)["certificates"]["shop"]
+        self.assertEqual((sorted(shown["names"]), shown["daysLeft"]), (hosts, 89))
+        self.make_due()
+        os.chmod(self.path("opt/etc/letsencrypt/archive/camus2cert/privkey1.pem"), 0o644)      # as camus2 did
+        with self.load(hosts[0]):
+            one = self.start_c2("generate-ssl-certificate")
+            wait_for(lambda: "generate" in self.read("deploys/frontend-proxy/lock"), what="the first at work")
+            two = self.c2("generate-ssl-certificate")
+            self.assertIn("waiting for c2 generate-ssl-certificate", two.err)
+            ran = self.finish(one)
+        self.assertEqual(ran.code, 0, ran)
+        self.assertIn("is new, and served", ran.err)
+        self.assertEqual(len({before} | {self.session(host)[2] for host in hosts}), 2)
+        self.assertEqual(self.container(), proxy)
+        copies = os.listdir(self.path("deploys/frontend-proxy/certs"))
+        self.assertEqual(len(copies), 4, copies)        # the old ones are gone
+
+    def failures(self, both, hosts):
+        """What serves goes on, and the message has the reason, not the output."""
+        before = self.session(hosts[0])[2]
+
+        def fails(words):
+            ran = self.c2("generate-ssl-certificate", code=1)
+            self.assertRegex(ran.err.splitlines()[-1], words)
+            self.assertNotIn("Saving debug log", ran.err)
+            self.assertLess(len(ran.err.splitlines()), 6, ran)
+            self.assertIn("output", self.log()[-1])
+            self.assertEqual([self.session(host)[2] for host in hosts], [before] * 3)
+            self.assertEqual(self.ask(hosts[0])[:2], (200, "green"))
+        bad = {"host": "bad.example.test.", "addresses": ["192.0.2.1"]}
+        with urllib.request.urlopen("http://127.0.0.1:8055/add-a", json.dumps(bad).encode()) as answer:
+            answer.read()
+        self.https(dict(both, extra=(["bad.example.test"], self.GENERATED)))
+        fails("certbot got no certificate, .*: bad.example.test: connection: .*unreachable")
+        self.assertEqual(c2.http_get(80, "/", "bad.example.test")[0], 503)
+        self.assertIn("extra: no certificate yet; c2 generate-ssl-certificate gets it", self.c2("status").out)
+        self.https(both)
+        self.make_due()
+        rule = "OUTPUT -o lo -p tcp --dport 14000 -j REJECT --reject-with tcp-reset".split()
+        subprocess.check_call(["iptables", "-I"] + rule)
+        try:
+            fails("certbot got no certificate, .*port=14000.*Connection refused")
+        finally:
+            subprocess.check_call(["iptables", "-D"] + rule)
+
+    def another_set_and_another_authority(self, hosts):
+        self.https({"main": (hosts[:1], self.GENERATED)}, acmeServer="https://localhost:14000/dir")
+        self.c2("generate-ssl-certificate")
+        names = json.loads(self.c2("status", "--json").out)["certificates"]["main"]["names"]
+        self.assertEqual(names, hosts[:1])
+        with open(self.path("opt/etc/letsencrypt/renewal/camus2cert.conf")) as f:
+            self.assertIn("server = https://localhost:14000/dir", f.read())
+        before = self.session(hosts[0])[2]
+        self.https({"main": (hosts[:1], self.GENERATED)}, acmeServer="https://127.0.0.1:14000/dir")
+        self.assertIn("is new", self.c2("generate-ssl-certificate").err)
+        self.assertNotEqual(self.session(hosts[0])[2], before)
+
+    def test_given_ones_and_none_yet(self):
+        pair = make_certificate(self.dir, "one", ["shop.example.test"])
+        self.https({"shop": (["shop.example.test"], explicit(pair)),
+                    "main": (["a.example.test"], self.GENERATED),
+                    "plain": (["plain.example.test"], "httpOnly")})
+        self.app("blue")
+        for end_point in ("shop", "plain"):
+            self.c2("connect", end_point, "blue")
+        ran = self.c2("connect", "main", "blue")
+        self.assertIn("main answers 503, since it has no certificate yet; c2 generate-ssl", ran.err)
+        proxy = self.container()
+        self.write("www/.well-known/acme-challenge/token", "proof")
+
+        def serves(root):
+            self.assertEqual(self.ask("shop.example.test", root=root)[:2], (200, "blue"))
+            self.assertEqual(self.ask("plain.example.test", port=80)[:2], (200, "blue"))
+            self.assertEqual(self.ask("a.example.test", port=80)[0], 503)
+            token = self.ask("a.example.test", "/.well-known/acme-challenge/token", 80)
+            self.assertEqual(token[:2], (200, "proof"))
+        serves(pair[0])
+        kept = shutil.copy(pair[0], self.path("kept.crt"))
+        make_certificate(self.dir, "other", ["shop.example.test"], key=pair[1])     # another key, at its path
+        ran = self.c2("restart-frontend-proxy", code=1)
+        self.assertRegex(ran.err, "error: shop: the certificate .*one.crt .key .*one.key. does not belong to")
+        serves(kept)
+        make_certificate(self.dir, "one", ["shop.example.test"])
+        self.c2("restart-frontend-proxy")
+        with self.assertRaises(ssl.SSLError):
+            self.ask("shop.example.test", root=kept)
+        serves(pair[0])
+        self.assertEqual(self.container(), proxy)
 
 # ----------------------------------------------------------------------------------------------------------
 # Faults, kills, hostile input and secrets
