@@ -2108,7 +2108,7 @@ class CertificatesServed(Sandbox):
         os.chmod(self.path("opt/etc/letsencrypt/archive/camus2cert/privkey1.pem"), 0o644)      # as camus2 did
         with self.load(hosts[0]):
             one = self.start_c2("generate-ssl-certificate")
-            wait_for(lambda: "generate" in self.read("deploys/frontend-proxy/lock"), what="the first at work")
+            wait_for(lambda: '"pid": %d,' % one.pid in self.read("deploys/frontend-proxy/lock"))
             two = self.c2("generate-ssl-certificate")
             self.assertIn("waiting for c2 generate-ssl-certificate", two.err)
             ran = self.finish(one)
