@@ -2001,12 +2001,11 @@ class CertificatesServed(Sandbox):
             answer = connection.getresponse()
             return answer.status, answer.read().decode(), answer.getheader("Location")
 
-    def session(self, host, **limits):
+    def session(self, host):
         """Version, ALPN and certificate of a handshake."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.load_verify_locations(os.environ["C2_TEST_ROOT"])
         context.set_alpn_protocols(["h2", "http/1.1"])
-        context.options |= limits.get("options", 0)
         with socket.create_connection((host, 443), 10) as plain, \
                 context.wrap_socket(plain, server_hostname=host) as s:
             return s.version(), s.selected_alpn_protocol(), s.getpeercert(True)
@@ -2071,7 +2070,11 @@ class CertificatesServed(Sandbox):
         first, proxy = self.session(hosts[0]), self.container()
         self.assertEqual([self.session(host) for host in hosts], [first] * 3)
         self.assertEqual(first[:2], ("TLSv1.3", "h2"))
-        self.assertEqual(self.session(hosts[0], options=ssl.OP_NO_TLSv1_3)[0], "TLSv1.2")
+        for version, served in (("-tls1_2", True), ("-tls1_1", False)):
+            code = subprocess.call(["openssl", "s_client", "-connect", hosts[0] + ":443", version, "-cipher",
+                                    "DEFAULT@SECLEVEL=0"], stdin=subprocess.DEVNULL,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            self.assertEqual(code == 0, served, version)
         with self.assertRaises(ssl.SSLError):
             self.session("unknown.example.test")
         self.keys_are_private()
