@@ -1958,6 +1958,18 @@ class CertificateFiles(unittest.TestCase):
         self.assertEqual(list(c2.install_certificates(host)), ["main"])     # shop waits for the next
 
 
+class CertificateExample(unittest.TestCase):
+    def test_its_configuration_and_its_command(self):
+        directory = os.path.join(HERE, "examples", "tls")
+        with open(os.path.join(directory, "camus2.yaml")) as f:
+            config = c2.decode_config(c2.parse_yaml(f.read()), directory, self.fail)
+        c2.check_generated(config)
+        self.assertEqual(c2.generated_names(config), ["example.com", "www.example.com"])
+        with open(os.path.join(directory, "c2-certificate.service")) as f:
+            command = re.search("(?m)^ExecStart=/opt/bin/c2 (.*)$", f.read()).group(1)
+        self.assertEqual(c2.parser().parse_args(command.split()).lock_wait, 600)
+
+
 @needs_bed
 class CertificatesServed(Sandbox):
     """With pebble, which validates the challenge through the proxy's port 80."""
