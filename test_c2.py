@@ -1654,16 +1654,24 @@ class Readme(Proxy):
             self.release("web-%s.zip" % version, dict(
                 {"docker-compose.yml.tpl": self.read("etc", "app", "docker-compose.yml.tpl")},
                 **{"public/index.html": "Hello from version %s\n" % version}), **release)
-        os.symlink(sys.executable, self.path("bin", "python3"))
-        written = "".join(self.blocks("console"))
-        commands = re.findall(r"(?m)^\$ (.*)$", written)
+        self.check_session("console", self.dir, self.path("bin"))
+
+    def test_from_nothing(self):
+        os.makedirs(self.path("empty", "tools"))
+        shutil.copy(C2, self.path("empty", "c2"))
+        self.check_session("shell-session", self.path("empty"), self.path("empty", "tools"))
+
+    def check_session(self, language, directory, tools):
+        """Type the commands of these blocks in one shell; what they print stands there."""
+        os.symlink(sys.executable, os.path.join(tools, "python3"))
+        written = "".join(self.blocks(language))
         script = "exec 2>&1\nrc=0\n" + "".join(
             "printf '%%s\\n' %s; (exit $rc); %s\nrc=$?\n" % (shlex.quote("$ " + command), command)
-            for command in commands)
-        done = subprocess.run(["sh", "-c", script], cwd=self.dir, stdout=subprocess.PIPE,
-                              env=dict(self.env, PATH=self.path("bin") + ":" + self.env["PATH"]))
+            for command in re.findall(r"(?m)^\$ (.*)$", written))
+        done = subprocess.run(["sh", "-c", script], cwd=directory, stdout=subprocess.PIPE,
+                              env=dict(self.env, PATH=tools + ":" + self.env["PATH"]))
         self.maxDiff = None
-        real = done.stdout.decode().replace(self.dir, "/opt/web")
+        real = done.stdout.decode().replace(directory, "/opt/web")
         when = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d\.\d{3}Z)?")
         self.assertEqual(when.sub("TIME", written), when.sub("TIME", real))
 

@@ -5,6 +5,7 @@ set -eu
 exec 2>&1
 here=$(cd "$(dirname "$0")" && pwd)
 PYTHON=${PYTHON:-python3}
+docker compose version >/dev/null && docker info >/dev/null || { echo 'This demo needs Docker with its compose plugin.'; exit 1; }
 work=$(mktemp -d)
 load=
 
