@@ -1154,11 +1154,15 @@ def start_actions(state: State, deploy: Deploy, runs: Callable[[Deploy], bool]) 
     """
     check_label(deploy.label, State() if deploy.port == 0 else state)
     if deploy.port == 0:
+        behind = sorted(d.label for d in state.deploys.values() if d.port)
+        if behind:
+            raise Refused(f"{', '.join(behind)} still runs for the proxy, but deployMode is noproxy now; "
+                          "disconnect and stop it with the former configuration")
         return [Replace(old, deploy) for old in state.deploys.values()] or [Create(deploy)]
     old = state.deploys.get(deploy.label)
     if not old:
         return [Create(deploy)]
-    if old.release == deploy.release:
+    if old == deploy:
         return [] if runs(old) else [Restart(old)]
     if connected_to(state, old.label):
         held = ", ".join(connected_to(state, old.label))
@@ -1550,6 +1554,8 @@ def status_text(config: Config, state: State, runs: Dict[str, bool], certificate
             https = f",{config.proxy.https_port}" if end_point.certificate else ""
             hosts = ", ".join(f"{host}:{config.proxy.http_port}{https}" for host in end_point.server_names)
             lines.append(f"  {name}: ({hosts}) -> {state.connections.get(name, '(not connected)')}")
+        lines += [f"  {name}: (not configured) -> {deploy}"
+                  for name, deploy in sorted(state.connections.items()) if name not in config.end_points]
         lines.append("")
     if certificates:
         lines += ["Certificates:", *certificates, ""]
@@ -2646,9 +2652,14 @@ class Container(NamedTuple):
 
 def compose(host: Host, *args: str, **options: Any) -> str:
     directory = host.config.proxy_path()
-    return run(["docker", "compose", "-p", compose_project_name(host.config), "-f",
-                os.path.join(directory, "docker-compose.yml"), *args], DOCKER_TIMEOUT_SECS, directory,
-               **options)
+    try:
+        return run(["docker", "compose", "-p", compose_project_name(host.config), "-f",
+                    os.path.join(directory, "docker-compose.yml"), *args], DOCKER_TIMEOUT_SECS, directory,
+                   **options)
+    except CommandFailed as e:
+        if re.search("unknown shorthand flag|is not a docker command", e.output):
+            raise C2Error("docker has no compose; install its compose plugin, version 2 or later") from None
+        raise
 
 
 def inspect_proxy(host: Host) -> Container:
@@ -3396,7 +3407,7 @@ def start_release(host: Host, release: str, name: str, wait: float) -> None:
         unblock(host, name)
         state = host_state(config)
         deploy = state.deploys.get(name, Deploy("", "", 0))
-        if deploy.release != release:
+        if deploy.release != release or bool(deploy.port) != bool(config.proxy):
             ports = {d.port for d in state.deploys.values()}
             port = next_port(config.proxy.dynamic_port_range, state.last_port,
                              lambda p: p in ports or port_taken(p)) if config.proxy else 0
@@ -3446,6 +3457,9 @@ def connect(host: Host, state: State, end_point: str, deploy: Deploy, force: boo
     """Point an endpoint at a deploy that is ready; a working deploy is never traded for a deaf one without
     force."""
     mode = host.config.proxy
+    if not deploy.port:
+        raise Refused(f"{deploy.label} was started without the proxy and has no port; "
+                      f"c2 start {deploy.release} {deploy.label} gives it one")
     if not await_ready(mode, deploy.port):
         asked = f"GET {mode.ready_path or '/'} on port {deploy.port}"
         problem = (f"{deploy.label} does not answer {asked} within {mode.ready_timeout_secs:g} s "
@@ -3465,10 +3479,13 @@ def connect(host: Host, state: State, end_point: str, deploy: Deploy, force: boo
 
 def cmd_disconnect(host: Host, args: Any) -> None:
     require_proxy(host.config, "disconnect")
-    end_point = find_end_point(host.config, args.end_point)
+    end_point = args.end_point
     with changing(host, args.lock_wait, verb="disconnect", endpoint=end_point):
         unblock(host, end_point)
-        carry_out(host, [Disconnect(end_point)], load_state(host.config))
+        state = load_state(host.config)
+        if end_point not in state.connections:      # one may be connected that is configured no more
+            find_end_point(host.config, end_point)
+        carry_out(host, [Disconnect(end_point)], state)
 
 
 def cmd_rollback(host: Host, args: Any) -> None:

@@ -1206,6 +1206,25 @@ class ProxyWithoutDocker(Proxy):
             self.assertIn("needs the proxy", self.c2(*args, code=2).err)
 
 
+    def test_from_noproxy_to_the_proxy_and_back(self):
+        proxy = self.read("etc", "camus2.json")
+        self.configure()
+        self.release("old.zip", stopCommand="touch ../stopped")
+        self.c2("start", "old.zip")
+        self.write("etc/camus2.json", proxy)
+        self.assertIn("c2 start old.zip old gives it one", self.c2("connect", "main", "old", code=3).err)
+        self.app("old.zip")
+        self.c2("start", "old.zip")
+        self.assertEqual(200, c2.http_get(self.port("old"), "/")[0])
+        self.assertTrue(os.path.exists(self.path("deploys", "stopped")))
+        self.configure()
+        state = self.state()
+        self.assertIn("old still runs for the proxy", self.c2("start", "a-1.zip", code=3).err)
+        self.assertEqual(state, self.state())
+        self.write("etc/camus2.json", proxy)
+        self.c2("stop", "old")
+
+
 @needs_bed
 class ProxyOnDocker(Proxy):
     def test_blue_green_with_compose(self):
@@ -1335,12 +1354,24 @@ class ProxyOnDocker(Proxy):
         self.assertEqual(["test", "third"], sorted(
             n for n in os.listdir(self.path("deploys", "frontend-proxy", "live")) if n[0] != "."))
 
+        self.c2("disconnect", "third")
+        change()
+        self.c2("connect", "test", "a-1")
+        self.c2("connect", "main", "a-2")
+        end_points = {"main": self.end_point("third.test")}
+        change({"endPoints": end_points})
+        self.assertIn("\n  test: (not configured) -> a-1\n", self.c2("status").out)
+        self.assertIn("c2 disconnect test", self.c2("stop", "a-1", code=3).err)
+        self.c2("disconnect", "test")
+        self.c2("stop", "a-1")
+        self.assertEqual(before, self.container())
+
         self.docker("tag", "c2-test/nginx:local", "c2-test/nginx:other")
         self.addCleanup(self.docker, "rmi", "c2-test/nginx:other")
         ran = change({"endPoints": end_points}, nginxDockerVersion="other")
         self.assertIn("made anew", ran.err)
         self.assertNotEqual(before, self.container())
-        self.assertEqual("a-1.zip", self.release_of("third.test"))
+        self.assertEqual("a-2.zip", self.release_of("third.test"))
 
     TEMPLATE = """user nginx;
 pid /var/run/nginx.pid;
@@ -1433,6 +1464,8 @@ http {
         self.c2("start", "a-1.zip")
         self.c2("connect", "main", "a-1")
         before = self.state()
+        self.assertIn("no compose; install", self.c2("shutdown-frontend-proxy", code=1,
+                                                     env={"DOCKER_CONFIG": self.path("no-plugins")}).err)
         for args in (("connect", "test", "a-1"), ("disconnect", "main"), ("shutdown-frontend-proxy",)):
             ran = self.c2(*args, env={"DOCKER_HOST": "unix://" + self.path("no.sock")}, code=1)
             self.assertIn("docker", ran.err)
