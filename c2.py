@@ -2662,6 +2662,17 @@ def compose(host: Host, *args: str, **options: Any) -> str:
         raise
 
 
+def as_laid_out(host: Host) -> Host:
+    """The host with the container name of its compose file, which may be another than that of the
+    configuration: the proxy that was made by that name goes before the new one comes."""
+    mode, service = host.config.proxy, nginx_service(read_file(host.config.proxy_path("docker-compose.yml")))
+    name = service["container_name"] if service else mode.container_name
+    if name == mode.container_name:
+        return host
+    mode = Choice("proxy", mode._replace(container_name=name))
+    return host._replace(config=host.config._replace(deploy_mode=mode))
+
+
 def inspect_proxy(host: Host) -> Container:
     """The proxy's container; Refused when one of that name belongs to something else."""
     config, name = host.config, host.config.proxy.container_name
@@ -2812,7 +2823,9 @@ def route(host: Host, state: State, start: bool = True, check: Callable[[], None
     switch itself is the rename of links; nginx reloads only when its rendered configuration has changed.
     """
     config = host.config
-    container, layout = inspect_proxy(host), compose_file(config)
+    former, layout, container = as_laid_out(host), compose_file(config), inspect_proxy(host)
+    if former is not host:
+        container = inspect_proxy(former)
     layout_path = config.proxy_path("docker-compose.yml")
     candidate = config.proxy_path("conf", "candidate.conf")
     lay_out_proxy(config, state)
@@ -2839,10 +2852,7 @@ def route(host: Host, state: State, start: bool = True, check: Callable[[], None
             reload_proxy(host)
             host.log.info("reload", "nginx serves its new configuration")
         elif not runs and (start or rebuild):
-            host.log.info("proxy", "bringing the proxy up")
-            if not container.directory:
-                undo.append(lambda: compose(host, "down"))
-            compose(host, "up", "-d", "nginx")
+            bring_up(host, former, bool(container.directory), undo)
         if start or container.running:
             verify(host, state, conf, fresh=not runs)
             check()
@@ -2850,6 +2860,17 @@ def route(host: Host, state: State, start: bool = True, check: Callable[[], None
         os.unlink(candidate)
     replace_file(config.proxy_path("nginx.ctx.json"), json.dumps(context, indent=2) + "\n")
     remove_old_certificates(config)
+
+
+def bring_up(host: Host, former: Host, there: bool, undo: list) -> None:
+    """Make or start the proxy's container, in place of the `former` one if that had another name."""
+    host.log.info("proxy", "bringing the proxy up")
+    if former is not host and there:
+        undo.insert(0, lambda: compose(former, "up", "-d", "nginx"))     # when its compose file is back
+        compose(former, "down")
+    if former is not host or not there:
+        undo.append(lambda: compose(host, "down"))
+    compose(host, "up", "-d", "nginx")
 
 
 def require_free_ports(config: Config, https: bool) -> None:
@@ -3597,6 +3618,7 @@ def cmd_restart_frontend_proxy(host: Host, args: Any) -> None:
 def cmd_shutdown_frontend_proxy(host: Host, args: Any) -> None:
     require_proxy(host.config, "shutdown-frontend-proxy")
     with changing(host, args.lock_wait, verb="shutdown-frontend-proxy"):
+        host = as_laid_out(host)
         if inspect_proxy(host).directory:
             compose(host, "down")
         host.log.info("proxy", "the proxy is down; c2 connect or c2 restart-frontend-proxy bring it up again")

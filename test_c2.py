@@ -1458,6 +1458,28 @@ http {
         self.assertEqual(before, self.container())
         self.c2("shutdown-frontend-proxy")
 
+    def test_the_container_gets_another_name(self):
+        self.proxy_config()
+        self.app("a-1.zip")
+        self.c2("start", "a-1.zip")
+        self.c2("connect", "main", "a-1")
+        self.docker("run", "-d", "--name", "taken", "--network", "none", "c2-test/app:local")
+        self.addCleanup(self.docker, "rm", "-f", "taken")
+        before = self.container()
+        self.proxy_config({"containerName": "taken"})
+        self.c2("connect", "test", "a-1", code=3)
+        self.assertEqual((before, "a-1.zip"), (self.container(), self.release_of("main.test")))
+        self.proxy_config({"containerName": "other"}, nginxDockerVersion="missing")
+        self.c2("connect", "test", "a-1", code=1)
+        self.assertEqual((before, "a-1.zip"), (self.container(), self.release_of("main.test")))
+        self.proxy_config({"containerName": "other"})
+        self.assertIn("made anew", self.c2("connect", "test", "a-1").err)
+        self.assertEqual("a-1.zip", self.release_of("test.test"))
+        self.assertNotIn("frontendproxy", self.docker("ps", "-a"))
+        self.proxy_config()
+        self.c2("shutdown-frontend-proxy")
+        self.assertNotIn("nginx", self.docker("ps", "-a"))
+
     def test_the_engine_cannot_be_reached(self):
         self.proxy_config()
         self.app("a-1.zip")
