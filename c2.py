@@ -2960,53 +2960,57 @@ def pair_fault(certificate: str, key: str) -> str:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password=lambda: b"")
     except ssl.SSLError as e:
         if not e.reason:
-            return "has a key that can't be read: encrypted, damaged or not in PEM form"
-        return "is too weak" if "SMALL" in e.reason or "WEAK" in e.reason else "does not belong to its key"
+            return f"has a key that can't be read: {key} is encrypted, damaged or not in PEM form"
+        return "is too weak" if "SMALL" in e.reason or "WEAK" in e.reason else f"does not belong to {key}"
+    except OSError as e:
+        return f"has a key that can't be read: {key}: {e.strerror}"
     return ""
 
 
-def copy_certificate(host: Host, name: str, kind: str, source: List[str]) -> Optional[List[str]]:
-    """Copy an endpoint's certificate and key to `certs/`, checked; None where there is none yet to copy.
+def copy_certificate(config: Config, name: str, kind: str, source: List[str]) -> Optional[List[str]]:
+    """Check an endpoint's certificate and copy it and its key to `certs/`; None where there is none yet.
 
     The names of the copies change with the content. So does the configuration, and nginx takes a certificate
-    as it takes anything else; until then it has what it had. Raises C2Error for a given one that can't serve.
-    One that is in use already is only warned of: it must not stand in the way of a deploy.
+    as it takes anything else; until then it has what it had. Raises C2Error for one that can't serve.
     """
     import hashlib
-    config, hosts = host.config, host.config.end_points[name].server_names
-    content = [read_file(path) for path in source]
-    if None in content:
-        if kind == "generated":
-            return None
-        raise C2Error(f"{name} needs the certificate file {source[content.index(None)]}, which is not there")
+    hosts, generated = config.end_points[name].server_names, kind == "generated"
+    if generated and not os.path.exists(source[0]):
+        return None
+    certificate = read_certificate(source[0])
+    if generated:       # hosts added since have to wait for the next one, those it is for have not
+        hosts = [host for host in hosts if certificate.covers(host)]
+    fault = certificate.fault(hosts, time.time()) or pair_fault(*source)
+    if fault:
+        raise C2Error(f"{source[0]} {fault}")
+    content = [read_file(path) or "" for path in source]
     digest = hashlib.sha256("".join(content).encode()).hexdigest()[:16]
     files = [f"{name}-{digest}.crt", f"{name}-{digest}.key"]
-    copies = [config.proxy_path("certs", file) for file in files]
-    for path, pem in zip(copies, content):
-        if not os.path.exists(path):
-            replace_file(path, pem, 0o600)
-    try:
-        certificate = read_certificate(copies[0])
-    except C2Error:
-        raise C2Error(f"{name}: {source[0]} is not a certificate in PEM form") from None
-    if kind == "generated":     # what has been added since has to wait for the next one, what was in it not
-        hosts = [h for h in hosts if certificate.covers(h)]
-    fault = pair_fault(*copies) or certificate.fault(hosts, time.time())
-    if fault:
-        problem = f"{name}: the certificate {source[0]} (key {source[1]}) {fault}"
-        if kind != "generated" and served_certificates(last_context(config)).get(name) != files[0]:
-            raise C2Error(f"{problem}; what the proxy serves stays as it is")
-        host.log.warn("certificate", problem, endpoint=name)
+    for file, pem in zip(files, content):
+        if not os.path.exists(config.proxy_path("certs", file)):
+            replace_file(config.proxy_path("certs", file), pem, 0o600)
     return [CERTS_IN_PROXY + file for file in files] if hosts else None
 
 
-def install_certificates(host: Host) -> Dict[str, list]:
-    """Certificate and key, as the container sees them, of each https endpoint that has one."""
-    found = {}
-    for name, end_point in sorted(host.config.end_points.items()):
-        if end_point.certificate:
-            kind, given = end_point.certificate
-            found[name] = copy_certificate(host, name, kind, list(given or generated_files(host.config)))
+def install_certificates(host: Host, strict: bool = False) -> Dict[str, list]:
+    """Certificate and key, as the container sees them, of each https endpoint that has one.
+
+    Where one can't serve, the one in use stays, and it is only warned of: it must not stand in the way of a
+    deploy. strict: an error all the same, as where there is none in use.
+    """
+    config, found = host.config, {}
+    for name, end_point in sorted(config.end_points.items()):
+        if not end_point.certificate:
+            continue
+        kind, given = end_point.certificate
+        try:
+            found[name] = copy_certificate(config, name, kind, list(given or generated_files(config)))
+        except C2Error as e:
+            found[name] = served_certificates(last_context(config)).get(name)
+            problem = f"the certificate of {name}: {e}; what the proxy serves stays as it is"
+            if strict or kind == "explicit" and not found[name]:
+                raise C2Error(problem) from None
+            host.log.warn("certificate", problem, endpoint=name)
     return {name: pair for name, pair in found.items() if pair}
 
 
@@ -3019,10 +3023,11 @@ def last_context(config: Config) -> dict:
     return context if "c2" in context else {}
 
 
-def served_certificates(context: dict) -> Dict[str, str]:
-    """The certificates in the context of nginx's configuration: ENDPOINT -> file in `certs/`."""
+def served_certificates(context: dict) -> Dict[str, list]:
+    """Certificate and key, as the container sees them, of the endpoints in a context of nginx's
+    configuration."""
     entries = [entry for kinds in context.get("endPoints", []) for entry in kinds.values()]
-    return {e["label"]: os.path.basename(e["sslCertPath"]) for e in entries if "sslCertPath" in e}
+    return {e["label"]: [e["sslCertPath"], e["sslCertKeyPath"]] for e in entries if "sslCertPath" in e}
 
 
 def remove_old_certificates(config: Config) -> None:
@@ -3039,7 +3044,7 @@ def status_certificates(config: Config) -> Dict[str, Any]:
     for name, end_point in config.end_points.items():
         if name in served:
             try:
-                found[name] = read_certificate(config.proxy_path("certs", served[name]))
+                found[name] = read_certificate(config.proxy_path("certs", os.path.basename(served[name][0])))
             except C2Error as e:
                 found[name] = str(e)
         elif end_point.certificate and not config.remote:
@@ -3072,8 +3077,9 @@ def run_certbot(host: Host) -> None:
     config, name = host.config, f"{host.config.proxy.container_name}-certbot"
     letsencrypt = letsencrypt_dirs(config)[0]
     known = read_file(os.path.join(letsencrypt, "renewal", f"{config.auto_cert_name}.conf")) or ""
-    server = re.search(r"^server = (.+)$", known, re.M)
-    elsewhere = bool(server and config.acme_server and server.group(1).strip() != config.acme_server)
+    server = "".join(re.findall(r"^server = (.+)$", known, re.M))
+    # That of another authority is not kept until it is due; least of all one that was for trying out.
+    elsewhere = server not in ("", config.acme_server) if config.acme_server else "staging" in server
     archive = os.path.join(letsencrypt, "archive", config.auto_cert_name)
     for file in list_dir(archive):
         if file.startswith("privkey"):      # certbot gives a new key the mode of the old one
@@ -3612,6 +3618,7 @@ def cmd_restart_frontend_proxy(host: Host, args: Any) -> None:
     require_proxy(host.config, "restart-frontend-proxy")
     with changing(host, args.lock_wait, verb="restart-frontend-proxy"):
         route(host, load_state(host.config))
+        install_certificates(host, strict=True)
         host.log.info("proxy", "the proxy runs and serves the state")
 
 

@@ -1769,12 +1769,12 @@ class Examples(Sandbox):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def make_certificate(directory, name, hosts, key=None):
-    """Make NAME.crt and NAME.key, self-signed for these hosts for 90 days, with the openssl program."""
+def make_certificate(directory, name, hosts, key=None, days=90):
+    """Make NAME.crt and NAME.key, self-signed for these hosts, with the openssl program."""
     crt, key = os.path.join(directory, name + ".crt"), key or os.path.join(directory, name + ".key")
     subprocess.check_output(
         ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-         "-days", "90", "-subj", "/CN=" + name,
+         "-days", str(days), "-subj", "/CN=" + name,
          "-addext", "subjectAltName=" + ",".join("DNS:" + host for host in hosts),
          "-keyout", key, "-out", crt], stderr=subprocess.STDOUT)
     return crt, key
@@ -1977,17 +1977,17 @@ class CertificateFiles(unittest.TestCase):
             f.write(b"\x30\x82\xff")
         gone = self.dir + "/gone"
         for pair, names, words in (
-                ((gone, good[1]), None, "main needs the certificate file .*/gone, which is not there"),
-                ((good[0], gone), None, "main needs the certificate file .*/gone, which is not there"),
+                ((gone, good[1]), None, ".*/gone can't be read: No such file or directory"),
+                ((good[0], gone), None, "good.crt has a key that can't be read: .*/gone: No such file"),
                 ((junk, good[1]), None, "junk.pem is not a certificate in PEM form"),
                 ((good[1], good[1]), None, "good.key is not a certificate in PEM form"),
-                ((binary, good[1]), None, "binary is not UTF-8 text"),
-                ((good[0], junk), None, "good.crt .key .*junk.pem. has a key that can't be read"),
-                ((good[0], locked), None, "has a key that can't be read: encrypted"),
-                ((good[0], other[1]), None, "good.crt .key .*other.key. does not belong to its key"),
-                ((good[0], rsa), None, "does not belong to its key"),
+                ((binary, good[1]), None, "binary is not a certificate in PEM form"),
+                ((good[0], junk), None, "good.crt has a key that can't be read: .*junk.pem is encry"),
+                ((good[0], locked), None, "has a key that can't be read: .*locked.key is encrypted"),
+                ((good[0], other[1]), None, "good.crt does not belong to .*other.key; what the proxy serves"),
+                ((good[0], rsa), None, "good.crt does not belong to .*rsa.key"),
                 (good, ["www.example.com", "a.example.com"], "is for www.example.com, not for a.example.com"),
-                (good, None, r"good.crt .* expired on \d{4}-\d\d-\d\d; what the proxy serves stays")):
+                (good, None, r"good.crt expired on \d{4}-\d\d-\d\d; what the proxy serves stays as it is$")):
             with self.subTest(words=words):
                 host, now = self.host(pair, names or ["www.example.com"]), time.time()
                 now += 91 * 86400 if "expired" in words else 0
@@ -1996,17 +1996,44 @@ class CertificateFiles(unittest.TestCase):
                     c2.install_certificates(host)
                 self.assertNotIn("\n", str(caught.exception))
 
-    def test_what_is_in_use_does_not_stand_in_the_way(self):
+    def test_what_is_in_use_stays_and_does_not_stand_in_the_way(self):
         pair = make_certificate(self.dir, "one", ["www.example.com"])
         host = self.host(pair)
         used = c2.install_certificates(host)["main"]
         c2.replace_file(host.config.proxy_path("nginx.ctx.json"), json.dumps({"c2": {}, "endPoints": [
-            {"https": {"label": "main", "sslCertPath": used[0]}}]}))
+            {"https": {"label": "main", "sslCertPath": used[0], "sslCertKeyPath": used[1]}}]}))
         later = time.time() + 91 * 86400
         with mock.patch.object(c2.time, "time", lambda: later), \
                 contextlib.redirect_stderr(io.StringIO()) as said:
             self.assertEqual(c2.install_certificates(host)["main"], used)
-        self.assertRegex(said.getvalue(), "warning: main: the certificate .*one.crt .* expired on")
+        self.assertRegex(said.getvalue(), "warning: the certificate of main: .*one.crt expired on")
+        make_certificate(self.dir, "other", ["www.example.com"], key=pair[1])
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            self.assertEqual(c2.install_certificates(host)["main"], used)
+        self.assertRegex(said.getvalue(), "warning: .*one.crt does not belong to .*one.key; what the proxy")
+        with self.assertRaisesRegex(c2.C2Error, "one.crt does not belong to .*one.key"):
+            c2.install_certificates(host, strict=True)
+
+    def test_status_on_a_terminal_and_in_json(self):
+        pair = make_certificate(self.dir, "one", ["www.example.com"], days=10)
+        host = self.host(pair)
+        used = c2.install_certificates(host)["main"]
+        c2.replace_file(host.config.proxy_path("nginx.ctx.json"), json.dumps({"c2": {}, "endPoints": [
+            {"https": {"label": "main", "sslCertPath": used[0], "sslCertKeyPath": used[1]}}]}))
+        cases = (True, {}, True), (True, {"NO_COLOR": "1"}, False), (False, {}, False)
+        for terminal, env, coloured in cases:
+            out = mock.Mock(wraps=io.StringIO(), isatty=lambda terminal=terminal: terminal, buffer=None)
+            with mock.patch.object(sys, "stdout", out), mock.patch.dict(os.environ, env):
+                c2.cmd_status(host, mock.Mock(json=False))
+            shown = "".join(call[0][0] for call in out.write.call_args_list)
+            self.assertRegex(shown, r"\n  main: \S*www.example.com: (9|10) days left, until")
+            self.assertEqual("\x1b[33m" in shown, coloured)
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            c2.cmd_status(host, mock.Mock(json=True))
+        found = json.loads(out.getvalue())["certificates"]["main"]
+        self.assertEqual(found["names"], ["www.example.com"])
+        self.assertIn(found["daysLeft"], (9, 10))
+        self.assertRegex(found["notAfter"], r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d.000Z$")
 
     def test_a_generated_one_serves_the_hosts_that_it_is_for(self):
         config = https_config(self.dir, letsencryptPrefixDir=self.dir)
@@ -2050,7 +2077,7 @@ class CertificatesServed(Sandbox):
             with contextlib.suppress(OSError, ValueError), open(pid) as f:
                 os.kill(int(f.read()), signal.SIGKILL)
 
-    def https(self, end_points, **keys):
+    def https(self, end_points, template=None, **keys):
         """Configure these endpoints: NAME -> (hosts, etype)."""
         entries = {name: {"serverNames": given[0], "etype": given[1]} for name, given in end_points.items()}
         self.configure(**dict({
@@ -2058,7 +2085,8 @@ class CertificatesServed(Sandbox):
             "certbotDockerImage": "c2-test/certbot", "certbotDockerVersion": "local",
             "letsencryptPrefixDir": self.path("opt"), "letsencryptWwwDir": self.path("www"),
             "autoCertContactEmail": "someone@example.com",
-            "deployMode": {"proxy": {"endPoints": entries, "readyTimeoutSecs": 20}}}, **keys))
+            "deployMode": {"proxy": {"endPoints": entries, "readyTimeoutSecs": 20,
+                                     "nginxConfTemplatePath": template}}}, **keys))
 
     def app(self, label):
         """Start a deploy that answers with its label."""
@@ -2162,7 +2190,9 @@ class CertificatesServed(Sandbox):
         self.assertEqual(self.container(), proxy)
         self.renewals(hosts, proxy)
         self.failures(both, hosts)
+        self.interrupted(hosts)
         self.another_set_and_another_authority(hosts)
+        self.own_template(hosts[:1])
         self.keys_are_private()
 
     def switches(self, host):
@@ -2226,6 +2256,50 @@ class CertificatesServed(Sandbox):
         finally:
             subprocess.check_call(["iptables", "-D"] + rule)
 
+    def interrupted(self, hosts):
+        """No certbot goes on by itself, and the next command has its way."""
+        before = self.session(hosts[0])[2]
+
+        def certbots():
+            return subprocess.check_output(["docker", "ps", "-q", "-f", "name=frontendproxy-certbot"]).split()
+        for signum, code, left in ((signal.SIGTERM, 143, 0), (signal.SIGKILL, -9, 1)):
+            process = self.start_c2("generate-ssl-certificate")
+            wait_for(certbots)
+            process.send_signal(signum)
+            self.assertEqual(self.finish(process).code, code)
+            self.assertLessEqual(len(certbots()), left)
+            self.assertEqual(self.session(hosts[0])[2], before)
+        self.make_due()
+        self.c2("generate-ssl-certificate")
+        self.assertEqual(certbots(), [])
+        self.assertNotEqual(self.session(hosts[0])[2], before)
+
+    def own_template(self, hosts):
+        template = """events {} http {
+{{#endPoints}}{{#https}}
+  server {
+    listen 80; server_name {{serverNames}};
+    location /.well-known/acme-challenge/ { root {{{letsencryptWwwDir}}}; }
+  }
+{{#sslCertPath}}
+  server {
+    listen 443 ssl; server_name {{serverNames}};
+    ssl_certificate {{{sslCertPath}}};
+    ssl_certificate_key {{{sslCertKeyPath}}};
+    return 200 "by our own template";
+  }
+{{/sslCertPath}}
+{{/https}}{{/endPoints}}
+}"""
+        path = self.write("own.tpl", template)
+        self.https({"main": (hosts, self.GENERATED)}, path)
+        self.make_due()
+        self.assertIn("is new", self.c2("generate-ssl-certificate").err)
+        self.assertEqual(self.ask(hosts[0])[1], "by our own template")
+        self.write("own.tpl", template.replace("listen 443 ssl", "listen 8443 ssl"))
+        ran = self.c2("generate-ssl-certificate", code=1)
+        self.assertRegex(ran.err, "error: port 443 does not present that certificate .*; look at .*own.tpl")
+
     def another_set_and_another_authority(self, hosts):
         self.https({"main": (hosts[:1], self.GENERATED)}, acmeServer="https://localhost:14000/dir")
         self.c2("generate-ssl-certificate")
@@ -2261,7 +2335,10 @@ class CertificatesServed(Sandbox):
         kept = shutil.copy(pair[0], self.path("kept.crt"))
         make_certificate(self.dir, "other", ["shop.example.test"], key=pair[1])     # another key, at its path
         ran = self.c2("restart-frontend-proxy", code=1)
-        self.assertRegex(ran.err, "error: shop: the certificate .*one.crt .key .*one.key. does not belong to")
+        self.assertRegex(ran.err, "error: the certificate of shop: .*one.crt does not belong to .*one.key;")
+        serves(kept)
+        ran = self.c2("connect", "plain", "blue")       # which it does not stand in the way of
+        self.assertRegex(ran.err, "warning: the certificate of shop: .*one.crt does not belong to .*one.key;")
         serves(kept)
         make_certificate(self.dir, "one", ["shop.example.test"])
         self.c2("restart-frontend-proxy")
