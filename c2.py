@@ -1608,9 +1608,12 @@ def make_dir(path: str, mode: int = 0o755) -> None:
     if os.path.isdir(path):
         return
     make_dir(os.path.dirname(path) or ".")
-    with contextlib.suppress(FileExistsError):
-        os.mkdir(path)
-        os.chmod(path, mode)
+    umask = os.umask(0)
+    try:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, mode)
+    finally:
+        os.umask(umask)
 
 
 def read_file(path: str) -> Optional[str]:
@@ -1624,10 +1627,15 @@ def read_file(path: str) -> Optional[str]:
         raise C2Error(f"{path} is not UTF-8 text") from None
 
 
+def temp_name(path: str) -> str:
+    """A file's name until it is whole; no label contains ~, and the pid tells what a kill has left."""
+    return f"{path}.{os.getpid()}~"
+
+
 def replace_file(path: str, content: Any, mode: int = 0o644) -> None:
     """Write a file whole or not at all: to a temporary name, to the disk, then renamed into place."""
     data = content.encode("utf-8") if isinstance(content, str) else content
-    temp = f"{path}.{os.getpid()}.tmp"
+    temp = temp_name(path)
     try:
         with open(os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "wb") as f:
             os.fchmod(f.fileno(), mode)
@@ -1656,7 +1664,7 @@ def replace_link(path: str, target: Optional[str]) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
         return
-    temp = f"{path}.{os.getpid()}.tmp"
+    temp = temp_name(path)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(temp)
     os.symlink(target, temp)
@@ -1727,11 +1735,10 @@ class Log:
         line = json.dumps(entry, ensure_ascii=False) + "\n"
         try:
             make_dir(os.path.dirname(self.path))
-            fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-            try:
-                os.write(fd, line.encode("utf-8", "backslashreplace"))
-            finally:
-                os.close(fd)
+            with open(os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644), "rb+", 0) as f:
+                size = os.fstat(f.fileno()).st_size
+                torn = size and os.pread(f.fileno(), 1, size - 1) != b"\n"     # by a full disk, or power lost
+                f.write(("\n" * torn + line).encode("utf-8", "backslashreplace"))
         except OSError as e:
             if self.works:
                 say(f"warning: can't write the log {self.path}: {e.strerror}; going on without it")
@@ -1830,18 +1837,22 @@ class Journal:
     recovered."""
 
     def __init__(self, path: str, record: dict) -> None:
-        self.path, self.record = path, record
+        self.path, self.record, self.lenient = path, record, False
 
     def step(self, step: str, **facts: Any) -> None:
-        self.record.update(facts, step=step, group=None)
-        self.save()
+        self.save(dict(self.record, **facts, step=step, group=None))
 
     def runs(self, pid: int) -> None:
-        self.record["group"] = identity(pid)
-        self.save()
+        self.save(dict(self.record, group=identity(pid)))
 
-    def save(self) -> None:
-        replace_file(self.path, json.dumps(self.record), 0o600)
+    def save(self, record: dict) -> None:
+        """The record is the new one only when the file has it; but an undo goes on where the disk is full."""
+        try:
+            replace_file(self.path, json.dumps(record), 0o600)
+        except OSError:
+            if not self.lenient:
+                raise
+        self.record = record
 
     def clear(self) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -1865,8 +1876,10 @@ def encode_action(action: Any) -> dict:
 
 
 def decode_action(plain: dict) -> Any:
-    fields = {k: Deploy(**v) if isinstance(v, dict) else v for k, v in plain.items() if k != "kind"}
-    return ACTIONS[plain["kind"]](**fields)
+    def decode(value: Any) -> Any:
+        decoder = record(Deploy) if isinstance(value, dict) else label
+        return value if isinstance(value, bool) else decoder(value, At("action", "", say))
+    return ACTIONS[plain["kind"]](**{k: decode(v) for k, v in plain.items() if k != "kind"})
 
 
 def read_journal(path: str) -> Optional[Journal]:
@@ -1875,10 +1888,13 @@ def read_journal(path: str) -> Optional[Journal]:
     if source is None:
         return None
     try:
-        journal = Journal(path, json.loads(source))
-        return journal if journal.doing else None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise C2Error(f"{path} is not a journal of c2; look at what it was about and remove it") from None
+        journal = Journal(path, parse_json(source, path))
+        group = journal.record["group"]
+        if journal.doing and (group is None or {*group} == {*identity(0)}):
+            return journal
+    except (ConfigError, KeyError, TypeError, AttributeError):
+        pass
+    raise C2Error(f"{path} is not a journal of c2; look at what it was about and remove it")
 
 
 def read_holder(config: Config) -> dict:
@@ -1918,6 +1934,7 @@ def locked(host: Host, wait: float, cancels: Optional[Callable[[dict], bool]] = 
             except BlockingIOError:
                 holder = read_holder(config)
             alive = holder and start_time(holder["pid"]) == holder.get("start")
+            holder = holder if alive else {}
             if alive and cancels and not cancelled and cancels(holder):
                 say(f"ending {describe_holder(config, holder)}")
                 os.kill(holder["pid"], signal.SIGTERM)
@@ -2171,7 +2188,7 @@ FETCH = {"file": fetch_file, "localdir": fetch_file, "s3": fetch_s3, "http": fet
 
 def fetch(source: Choice, to: str) -> None:
     """Fetch one document to the path `to`, 0600, whole or not at all."""
-    part = f"{to}.{os.getpid()}.part"
+    part = temp_name(to)
     try:
         os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600))
         FETCH[source.name](source.value, part)
@@ -2309,9 +2326,10 @@ def fetch_context(host: Host, retry: bool = False) -> None:
         make_dir(config.context_cache, 0o700)
     for name, source in sorted(config.config_sources.items()):
         to = cache_path(config, name)
+        new = temp_name(to)
         while True:
             try:
-                fetch(source, to + ".new")
+                fetch(source, new)
                 break
             except Missing as e:
                 if not retry:
@@ -2320,11 +2338,11 @@ def fetch_context(host: Host, retry: bool = False) -> None:
                 host.log.info("wait", f"waiting for the config source {name} ({source.value})")
                 time.sleep(10)
         try:
-            load_json(to + ".new", f"the config source {name} ({source.value})")
-            os.replace(to + ".new", to)
+            load_json(new, f"the config source {name} ({source.value})")
+            os.replace(new, to)
         finally:
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(to + ".new")
+                os.unlink(new)
         host.log.info("fetch-context", f"fetched the config source {name} from {source.value}")
 
 
@@ -2768,7 +2786,7 @@ def set_links(config: Config, table: Dict[str, str]) -> Dict[str, Optional[str]]
     This is the switch: each rename takes effect at nginx's next request.
     """
     live = config.proxy_path("live")
-    names = {name for name in os.listdir(live) if not name.endswith(".tmp")} | set(table)
+    names = {name for name in os.listdir(live) if not name.endswith("~")} | set(table)
     before = {name: read_link(os.path.join(live, name)) for name in names}
     for name in sorted(names):
         if before[name] != table.get(name):
@@ -3176,6 +3194,7 @@ def launch(host: Host, journal: Journal, deploy: Deploy, old: Optional[Deploy]) 
         replace_link(config.path("current"), deploy.label)
     journal.step("start")
     run_command(host, journal, deploy, "start", place)
+    journal.step("done")
 
 
 def deploy_context(host: Host, deploy: Deploy) -> dict:
@@ -3193,8 +3212,8 @@ def deploy_context(host: Host, deploy: Deploy) -> dict:
 def undo_launch(host: Host, journal: Journal, deploy: Deploy, old: Optional[Deploy]) -> None:
     """Take an unfinished start back, from whatever step it was in: its steps backwards, and `old` started
     again."""
-    config, place = host.config, host.config.path(deploy.label)
-    if journal.record["step"] == "start":
+    config, place, first = host.config, host.config.path(deploy.label), journal.record["step"]
+    if first == "start":
         try:
             run_command(host, journal, deploy, "stop", place)
         except (C2Error, OSError) as e:
@@ -3206,10 +3225,13 @@ def undo_launch(host: Host, journal: Journal, deploy: Deploy, old: Optional[Depl
             remove_tree(place)
         if os.path.lexists(aside):
             os.rename(aside, place)
-        if not config.proxy:
+        if read_link(config.path("current")) == deploy.label:
             replace_link(config.path("current"), old.label if old else None)
         journal.step("stop-old")
-    if journal.record["step"] == "stop-old" and old:
+    if journal.record["step"] == "stop-old" and old and host_state(config).deploys.get(old.label) == old:
+        if first == "stop-old":     # it may run still: nobody knows whether its stop command has
+            with contextlib.suppress(C2Error, OSError):
+                run_command(host, journal, old, "stop", config.path(old.label))
         run_command(host, journal, old, "start", config.path(old.label))
         host.log.warn("undo", f"{old.label} ({old.release}) has been started again", deploy=old.label,
                       release=old.release)
@@ -3228,11 +3250,13 @@ def restart(host: Host, journal: Journal, deploy: Deploy) -> None:
         host.log.warn("stop-failed", f"{e}; starting it all the same", deploy=deploy.label, output=e.output)
     journal.step("start-again")
     run_command(host, journal, deploy, "start", place)
+    journal.step("done")
 
 
 def destroy(host: Host, journal: Journal, deploy: Deploy, force: bool) -> None:
     """Drain, stop and remove a deploy; without the proxy its directory stays."""
     config, place = host.config, host.config.path(deploy.label)
+    again = journal.record.get("step") == "stop"    # killed; a stop command may fail the second time
     if journal.record.get("step") != "remove":
         journal.step("drain")
         if config.proxy:
@@ -3242,7 +3266,7 @@ def destroy(host: Host, journal: Journal, deploy: Deploy, force: bool) -> None:
             if os.path.isdir(place) or not force:
                 run_command(host, journal, deploy, "stop", place)
         except C2Error as e:
-            if not force:
+            if not (force or again and not listening(deploy.port)):
                 raise CommandFailed(f"{e}; {deploy.label} stays: mend it and stop it again, or remove it all "
                                     f"the same with c2 stop --force {deploy.label}",
                                     output=getattr(e, "output", "")) from None
@@ -3258,11 +3282,13 @@ def destroy(host: Host, journal: Journal, deploy: Deploy, force: bool) -> None:
 
 def undo(host: Host, journal: Journal) -> None:
     """Take back what an unfinished action did, and forget it. A stop is not taken back: it can be run
-    again."""
-    action = journal.action
-    if "step" in journal.record and isinstance(action, (Create, Replace, Restart)):
+    again, and where the deploy is half removed, the next command finishes that."""
+    action, step = journal.action, journal.record.get("step")
+    journal.lenient = True
+    if step and isinstance(action, (Create, Replace, Restart)):
         undo_launch(host, journal, action.deploy, getattr(action, "old", None))
-    journal.clear()
+    if step != "remove":
+        journal.clear()
 
 
 def new_journal(host: Host, action: Any) -> Journal:
@@ -3280,7 +3306,6 @@ def carry_out(host: Host, actions: list, state: State) -> State:
         began = time.monotonic()
         try:
             execute(host, journal, action, state)
-            journal.step("done")
         except BaseException as e:
             with uninterruptible():
                 reason = str(e) if isinstance(e, (C2Error, OSError)) else "interrupted"
@@ -3296,7 +3321,11 @@ def carry_out(host: Host, actions: list, state: State) -> State:
                                   "tries that again") from None
             raise
         with uninterruptible():
-            state = settle(host, journal, state)
+            try:
+                state = settle(host, journal, state)
+            except OSError as e:
+                raise C2Error(f"{told['done']} is done, but that can't be recorded ({e.filename}: "
+                              f"{e.strerror}); the next c2 command records it") from None
         spent = round(time.monotonic() - began, 3)
         host.log.info("done", f"{told['done']} done", seconds=spent, **told["fields"])
     return state
@@ -3311,17 +3340,26 @@ def settle(host: Host, journal: Journal, state: State) -> State:
         remove_tree(config.path(action.old.label))
         remove_tree(output_path(config, action.old.label))
     journal.clear()
-    tidy(config)
+    tidy(host)
     return state
 
 
-def tidy(config: Config) -> None:
-    """Remove what staging and replaced deploys left, but for what a failed recovery still needs."""
+def tidy(host: Host) -> None:
+    """Remove what staging, replaced deploys and killed commands left, but for what a failed recovery still
+    needs."""
+    config = host.config
     kept = {name[:-len(".json")] for name in list_dir(config.proxy_path("blocked"))}
-    for place in (".staging", ".old"):
-        for name in list_dir(config.path(place)):
-            if name not in kept:
-                remove_tree(config.path(place, name))
+    left = [config.path(place, name) for place in (".staging", ".old")
+            for name in list_dir(config.path(place)) if name not in kept]
+    for directory in (config.deploys_dir, config.context_cache, config.proxy_path(),
+                      *map(config.proxy_path, PROXY_DIRS)):
+        temps = [re.search(r"\.(\d+)~", name) for name in list_dir(directory)]
+        left += [os.path.join(directory, t.string) for t in temps if t and not start_time(int(t.group(1)))]
+    for path in left:
+        try:
+            remove_tree(path)
+        except OSError as e:
+            host.log.warn("tidy", f"can't remove {path}, which an earlier command left: {e.strerror}")
 
 
 def list_dir(path: str) -> List[str]:
@@ -3352,41 +3390,47 @@ def describe(action: Any, state: State) -> dict:
 
 def recover(host: Host) -> None:
     """Put right what a killed command left: undo an unfinished start, finish an unfinished stop, connect or
-    disconnect.
-
-    Raises C2Error when that fails; the label concerned is then blocked, and others are free at the next
-    command.
-    """
+    disconnect. Raises C2Error when that fails."""
     journal = read_journal(host.config.proxy_path("journal.json"))
-    if not journal:
-        return tidy(host.config)
-    action, doing = journal.action, journal.doing
-    host.log.warn("recover", f"the last command was killed: {doing}; putting that right first")
-    if end_left_over(journal.record.get("group")):
-        host.log.warn("recover", "ended the command that it left running")
-    try:
+    if journal:
+        doing, done, state = journal.doing, journal.record["step"] == "done", load_state(host.config)
+        host.log.warn("recover", f"the last command was killed: {doing}; putting that right first")
+        if end_left_over(journal.record["group"]):
+            host.log.warn("recover", "ended the command that it left running")
         with uninterruptible():
-            state = load_state(host.config)
-            if journal.record["step"] == "done":
+            if not done:
+                put_right(host, journal, state)
+            if done or isinstance(journal.action, (Destroy, Connect, Disconnect)):
                 settle(host, journal, state)
-            elif isinstance(action, (Create, Replace, Restart)):
-                undo(host, journal)
-            else:
-                execute(host, journal, action, state)
-                settle(host, journal, state)
+        host.log.info("recovered", f"put right: {doing}")
+    tidy(host)
+
+
+def put_right(host: Host, journal: Journal, state: State) -> None:
+    """Undo or finish what the journal tells of. Where that fails, an endpoint is left as the state has it,
+    and a label is blocked; others are free at the next command."""
+    action, doing, config = journal.action, journal.doing, host.config
+    journal.lenient = True
+    try:
+        if isinstance(action, (Create, Replace, Restart)):
+            undo(host, journal)
+        else:
+            execute(host, journal, action, state)
     except (C2Error, OSError) as e:
-        subject = getattr(action, "end_point", None) or action.deploy.label
-        make_dir(host.config.proxy_path("blocked"))
-        os.replace(journal.path, host.config.proxy_path("blocked", f"{subject}.json"))
-        switch = isinstance(action, (Connect, Disconnect))
-        clear = "" if switch else f", or clear it with c2 stop --force {subject}"
+        if isinstance(action, (Connect, Disconnect)):
+            set_links(config, routes(config, state))
+            journal.clear()
+            raise C2Error(f"could not finish what was killed ({doing}): {e}; {action.end_point} is as it was "
+                          "before; mend the cause and try again") from None
+        subject = action.deploy.label
+        make_dir(config.proxy_path("blocked"))
+        os.replace(journal.path, config.proxy_path("blocked", f"{subject}.json"))
         raise C2Error(f"could not put right what was killed ({doing}): {e}; {subject} is blocked: mend the "
-                      f"cause and try again{clear}") from None
-    host.log.info("recovered", f"put right: {doing}")
+                      f"cause and try again, or clear it with c2 stop --force {subject}") from None
 
 
 def unblock(host: Host, subject: str) -> None:
-    """Try the recovery again that blocks this label or endpoint, if one does."""
+    """Try the recovery again that blocks this label, if one does."""
     path = host.config.proxy_path("blocked", f"{subject}.json")
     if os.path.exists(path):
         os.replace(path, host.config.proxy_path("journal.json"))
@@ -3465,7 +3509,7 @@ def cmd_stop(host: Host, args: Any) -> None:
             host.log.warn("unblock", f"{args.deploy} is not blocked any more", deploy=args.deploy)
             if args.deploy not in state.deploys:
                 remove_tree(config.path(args.deploy))
-                return tidy(config)
+                return tidy(host)
         actions = stop_actions(state, args.deploy, args.force)
         unblock(host, actions[0].deploy.label)
         carry_out(host, actions, state)
@@ -3475,15 +3519,15 @@ def cmd_connect(host: Host, args: Any) -> None:
     require_proxy(host.config, "connect")
     end_point = find_end_point(host.config, args.end_point)
     with changing(host, args.lock_wait, verb="connect", endpoint=end_point):
-        unblock(host, end_point)
-        state = load_state(host.config)
-        connect(host, state, end_point, find_deploy(state, args.deploy), args.force)
+        connect(host, end_point, lambda state: find_deploy(state, args.deploy), args.force)
 
 
-def connect(host: Host, state: State, end_point: str, deploy: Deploy, force: bool) -> None:
-    """Point an endpoint at a deploy that is ready; a working deploy is never traded for a deaf one without
-    force."""
-    mode = host.config.proxy
+def connect(host: Host, end_point: str, find: Callable[[State], Deploy], force: bool) -> None:
+    """Point an endpoint at the deploy that `find` finds, when it is ready; a working deploy is never traded
+    for a deaf one without force."""
+    unblock(host, find(load_state(host.config)).label)
+    mode, state = host.config.proxy, load_state(host.config)
+    deploy = find(state)
     if not deploy.port:
         raise Refused(f"{deploy.label} was started without the proxy and has no port; "
                       f"c2 start {deploy.release} {deploy.label} gives it one")
@@ -3508,7 +3552,6 @@ def cmd_disconnect(host: Host, args: Any) -> None:
     require_proxy(host.config, "disconnect")
     end_point = args.end_point
     with changing(host, args.lock_wait, verb="disconnect", endpoint=end_point):
-        unblock(host, end_point)
         state = load_state(host.config)
         if end_point not in state.connections:      # one may be connected that is configured no more
             find_end_point(host.config, end_point)
@@ -3525,9 +3568,7 @@ def cmd_rollback(host: Host, args: Any) -> None:
         return start_release(host, before.release, before.label, args.lock_wait)
     end_point = find_end_point(config, args.end_point)
     with changing(host, args.lock_wait, verb="rollback", endpoint=end_point):
-        unblock(host, end_point)
-        state = load_state(config)
-        connect(host, state, end_point, rollback_target(state, end_point), args.force)
+        connect(host, end_point, lambda state: rollback_target(state, end_point), args.force)
 
 
 def cmd_status(host: Host, args: Any) -> None:
