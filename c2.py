@@ -2779,19 +2779,21 @@ def lay_out_proxy(config: Config, state: State) -> None:
             replace_file(os.path.normpath(path), "")
 
 
-def set_links(config: Config, table: Dict[str, str]) -> Dict[str, Optional[str]]:
-    """Point the links in live/ where `table` says, and remove others; returns what was there before, to go
-    back to.
+def read_links(config: Config) -> Dict[str, Optional[str]]:
+    """The links in live/: name -> target."""
+    live = config.proxy_path("live")
+    return {name: read_link(os.path.join(live, name)) for name in list_dir(live) if name[-1] != "~"}
+
+
+def set_links(config: Config, table: Dict[str, str]) -> None:
+    """Point the links in live/ where `table` says, and remove others.
 
     This is the switch: each rename takes effect at nginx's next request.
     """
-    live = config.proxy_path("live")
-    names = {name for name in os.listdir(live) if not name.endswith("~")} | set(table)
-    before = {name: read_link(os.path.join(live, name)) for name in names}
-    for name in sorted(names):
-        if before[name] != table.get(name):
-            replace_link(os.path.join(live, name), table.get(name))
-    return before
+    before = read_links(config)
+    for name in sorted({*before, *table}):
+        if before.get(name) != table.get(name):
+            replace_link(config.proxy_path("live", name), table.get(name))
 
 
 def install_nginx_conf(host: Host, conf: str, running: bool) -> Callable[[], None]:
@@ -2860,12 +2862,13 @@ def route(host: Host, state: State, start: bool = True, check: Callable[[], None
                       "anew, which refuses connections for a few seconds")
     with undo_on_failure() as undo:
         if old_layout != layout:
-            replace_file(layout_path, layout)
             undo.append(lambda: replace_file(layout_path, old_layout) if old_layout is not None else None)
+            replace_file(layout_path, layout)
         if (start or container.running) and (reload_due or not runs):
             undo.append(install_nginx_conf(host, conf, runs))
-        before = set_links(config, routes(config, state))
-        undo.append(lambda: set_links(config, {k: v for k, v in before.items() if v}))
+        before = read_links(config)
+        undo.append(lambda: set_links(config, before))
+        set_links(config, routes(config, state))
         if runs and reload_due:
             reload_proxy(host)
             host.log.info("reload", "nginx serves its new configuration")
@@ -3178,14 +3181,16 @@ def launch(host: Host, journal: Journal, deploy: Deploy, old: Optional[Deploy]) 
     fetch_context(host)
     prepare_release(host, deploy.release, staging, deploy_context(host, deploy))
     run_command(host, journal, deploy, "prestart", staging)
+    stopped = True
     if old:
         journal.step("stop-old")
         try:
             run_command(host, journal, old, "stop", config.path(old.label))
         except C2Error as e:
+            stopped = False
             host.log.warn("stop-failed", f"{e}; going on with the start of {deploy.label}", deploy=old.label,
                           output=getattr(e, "output", ""))
-    journal.step("swap", kept=os.path.lexists(place))
+    journal.step("swap", kept=os.path.lexists(place), stopped=stopped)
     make_dir(config.path(".old"), 0o711)
     if os.path.lexists(place):
         os.rename(place, config.path(".old", deploy.label))
@@ -3212,8 +3217,9 @@ def deploy_context(host: Host, deploy: Deploy) -> dict:
 def undo_launch(host: Host, journal: Journal, deploy: Deploy, old: Optional[Deploy]) -> None:
     """Take an unfinished start back, from whatever step it was in: its steps backwards, and `old` started
     again."""
-    config, place, first = host.config, host.config.path(deploy.label), journal.record["step"]
-    if first == "start":
+    config, place = host.config, host.config.path(deploy.label)
+    stopped = journal.record.get("stopped")
+    if journal.record["step"] == "start":
         try:
             run_command(host, journal, deploy, "stop", place)
         except (C2Error, OSError) as e:
@@ -3227,9 +3233,9 @@ def undo_launch(host: Host, journal: Journal, deploy: Deploy, old: Optional[Depl
             os.rename(aside, place)
         if read_link(config.path("current")) == deploy.label:
             replace_link(config.path("current"), old.label if old else None)
-        journal.step("stop-old")
+        journal.step("stop-old", stopped=False)
     if journal.record["step"] == "stop-old" and old and host_state(config).deploys.get(old.label) == old:
-        if first == "stop-old":     # it may run still: nobody knows whether its stop command has
+        if not stopped:     # or nobody knows
             with contextlib.suppress(C2Error, OSError):
                 run_command(host, journal, old, "stop", config.path(old.label))
         run_command(host, journal, old, "start", config.path(old.label))
@@ -3287,6 +3293,8 @@ def undo(host: Host, journal: Journal) -> None:
     journal.lenient = True
     if step and isinstance(action, (Create, Replace, Restart)):
         undo_launch(host, journal, action.deploy, getattr(action, "old", None))
+    elif step == "switch":
+        set_links(host.config, routes(host.config, load_state(host.config)))
     if step != "remove":
         journal.clear()
 
@@ -3318,24 +3326,25 @@ def carry_out(host: Host, actions: list, state: State) -> State:
                         host.log.info("undone", f"{told['done']} has been taken back", **told["fields"])
                 except (C2Error, OSError) as again:
                     raise C2Error(f"{reason}; and it could not be taken back: {again}; the next c2 command "
-                                  "tries that again") from None
+                                  "puts that right") from None
             raise
         with uninterruptible():
             try:
-                state = settle(host, journal, state)
+                state = settle(host, journal, state, round(time.monotonic() - began, 3))
             except OSError as e:
                 raise C2Error(f"{told['done']} is done, but that can't be recorded ({e.filename}: "
                               f"{e.strerror}); the next c2 command records it") from None
-        spent = round(time.monotonic() - began, 3)
-        host.log.info("done", f"{told['done']} done", seconds=spent, **told["fields"])
     return state
 
 
-def settle(host: Host, journal: Journal, state: State) -> State:
-    """Record a finished action: the state first, then what is not needed any more, then the journal goes."""
+def settle(host: Host, journal: Journal, state: State, seconds: Optional[float] = None) -> State:
+    """Record a finished action: the state and the log first, then what is not needed any more goes, and the
+    journal last."""
     config, action = host.config, journal.action
+    told = describe(action, state)
     state = next_state(action, state, utc_now())
     save_state(config, state)
+    host.log.info("done", f"{told['done']} done", seconds=seconds, **told["fields"])
     if isinstance(action, Replace) and config.proxy and action.old.label != action.deploy.label:
         remove_tree(config.path(action.old.label))
         remove_tree(output_path(config, action.old.label))

@@ -6,10 +6,12 @@ test bed (`make test-bed`) is skipped, and said. With C2_REQUIRE=1, as in CI, a 
 repeats the random tests of a failed run.
 """
 import contextlib
+import errno
 import glob
 import hashlib
 import http.client
 import io
+import itertools
 import json
 import math
 import os
@@ -2351,6 +2353,437 @@ class CertificatesServed(Sandbox):
 # Faults, kills, hostile input and secrets
 # ----------------------------------------------------------------------------------------------------------
 
+FAKE_DOCKER = r'''#!/bin/sh
+# As much of docker as c2 asks for; the engine's memory is $FAKE.
+say() { echo "$*" >&2; exit 1; }
+[ "$1" != compose ] || shift 5
+case $1 in
+inspect) [ -e "$FAKE/up" ] || say "Error: No such container: $6"; echo "true false $FAKE_DIR" ;;
+top) echo "PID COMMAND"; [ ! -e "$FAKE/up" ] || echo "$(cat "$FAKE/up") nginx: worker process" ;;
+kill) [ -e "$FAKE/up" ] || say no container; echo $(($(cat "$FAKE/up") + 1)) >"$FAKE/up" ;;
+up) [ -e "$FAKE/up" ] || echo 100 >"$FAKE/up" ;;
+down) rm -f "$FAKE/up" ;;
+exec | run | logs) ;;
+*) say "unknown: $*" ;;
+esac
+'''
+
+# Listens (on a port but 0), goes to the background, and says in its answers and in a register who it is.
+FAKE_APP = r'''
+import os, socket, sys
+port, name, register = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+s = socket.socket()
+s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+if port:
+    s.bind(("127.0.0.1", port))
+    s.listen(20)
+ready, told = os.pipe()
+if os.fork():
+    os.close(told)
+    os.read(ready, 1)
+    os._exit(0)
+with open("pid", "w") as f:
+    f.write(str(os.getpid()))
+with open(os.path.join(register, str(os.getpid())), "w") as f:
+    f.write(name)
+os.close(told)
+if not port:
+    import time
+    time.sleep(600)
+s.settimeout(600)
+while True:
+    c = s.accept()[0]
+    c.recv(4096)
+    c.sendall(("HTTP/1.0 200 OK\r\n\r\n" + name).encode())
+    c.close()
+'''
+
+
+EVERY_FAULT = SECONDS >= 30      # with C2_FUZZ=30; else the slow kinds strike at every second or fifth effect
+
+
+class Strike(object):
+    """Counts c2's effects in this process and strikes at the n-th: a kill, a disk's error, a program's failure.
+
+    It is installed in a fork of the tests' process, and tells in a file what it hit.
+    """
+
+    FILE = ("replace", "rename", "symlink", "unlink", "rmdir", "mkdir", "chmod", "fchmod", "fsync", "open")
+    ALLOCATE = ("symlink", "mkdir", "fsync", "open")            # what a full disk refuses, from then on
+    KILL = ("replace", "rename", "symlink", "unlink")           # what a kill comes before
+
+    def __init__(self, mode, at, told):
+        self.mode, self.at, self.told, self.count = mode, at, told, 0
+        self.os_open, self.os_kill = os.open, os.kill
+
+    def __call__(self):
+        for name in self.FILE:
+            setattr(os, name, self.wrap_file(name, getattr(os, name)))
+        c2.open = shutil.open = self.wrap_file("open", open)
+        popen = subprocess.Popen
+        subprocess.Popen = lambda args, **options: self.spawn(popen, list(args), options)
+        await_command, run = c2.await_command, c2.run
+        c2.await_command = lambda *a: self.hit("running", None) or await_command(*a)
+        if "hang" in self.mode:
+            c2.run = lambda *a, **options: run(*a, **dict(options, timeout=.5))
+
+    def hit(self, what, kind):
+        """Count an effect; at the n-th, kill this process, or tell that it is to fail."""
+        if self.mode != "kill" and not (kind and self.mode.startswith(kind)):
+            return False
+        self.count += 1
+        sticky = self.mode in ("disk full", "disk read-only") and self.count > self.at
+        if self.count != self.at:
+            return sticky
+        fd = self.os_open(self.told, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.write(fd, what.encode("utf-8", "replace"))
+        os.close(fd)
+        if self.mode == "kill":
+            self.os_kill(os.getpid(), signal.SIGKILL)
+        return True
+
+    def wrap_file(self, name, function):
+        def wrapped(path, *args, **options):
+            flags = args[0] if args else options.get("mode", "r")
+            reads = name == "open" and (isinstance(path, int) or not (
+                flags & (os.O_WRONLY | os.O_RDWR) if isinstance(flags, int) else set(flags) & set("wxa+")))
+            outside = str(path).startswith(("/dev/", "/proc/")) or self.mode != "kill" and "log.json" in str(path)
+            if reads or outside or self.mode == "kill" and name not in self.KILL:
+                return function(path, *args, **options)
+            hit = self.hit("%s %s %s" % (name, path, args[:1]), "disk")
+            if hit and (self.mode != "disk full" or name in self.ALLOCATE):
+                number = {"disk full": errno.ENOSPC, "disk read-only": errno.EROFS}.get(self.mode, errno.EIO)
+                raise OSError(number, os.strerror(number), str(path))
+            return function(path, *args, **options)
+        return wrapped
+
+    def spawn(self, popen, args, options):
+        if self.hit("start %s" % args, "program"):
+            release, late = args[0] == "sh", self.mode.endswith("late")
+            end = "exec sleep 20" if "hang" in self.mode else "echo broken >&2; exit 7"
+            if release:
+                args[3] = "(%s\n)\n%s" % (args[3], end) if late else end
+            else:
+                args = ["sh", "-c", '"$@"; ' * late + end, "sh"] + args
+        process = popen(args, **options)
+        self.hit("started %s" % args, None)
+        return process
+
+
+class Faulty(Sandbox):
+    """A host with a fake docker and real apps, whose c2 runs in forks of this process; and what must hold."""
+
+    proxy = True
+
+    def setUp(self):
+        super(Faulty, self).setUp()
+        for name in ("fake", "register", "deploys"):
+            os.mkdir(self.path(name))
+        self.write("path/docker", FAKE_DOCKER, 0o755)
+        self.write("app.py", FAKE_APP)
+        self.env.update(PATH=self.path("path") + ":" + os.environ["PATH"], FAKE=self.path("fake"),
+                        CAMUS2_CONFIG=self.path("etc", "camus2.json"),
+                        FAKE_DIR=self.path("deploys", "frontend-proxy"))
+        self.ports = free_ports(41)
+        self.set_up_host()
+        self.write("source.json", {"key": "value"})
+        app = "%s -I -S ../../app.py ${C2_PORT:-0} $C2_RELEASE ../../register" % sys.executable
+        for name, start in (("a.zip", app), ("b.zip", app), ("b2.zip", app), ("bad.zip", app + "; exit 9")):
+            self.release(name, {"x.tpl": "{{source.key}}", "d/y": "y"}, startCommand=start, templates=["x.tpl"],
+                         prestartCommand="test -e x", stopCommand="kill $(cat pid) && rm pid",
+                         configSources={"inner": "release.json"})
+        self.injected, self.random = 0, random.Random(SEED)
+        c2.parser()             # so that the forks have its regular expressions compiled
+        self.addCleanup(self.end_apps)
+        if self.proxy:
+            self.serve()
+
+    def set_up_host(self, name="main.two"):
+        proxy = {"endPoints": {"main": {"serverNames": ["main.test", name], "etype": "httpOnly"},
+                               "other": {"serverNames": ["other.test"], "etype": "httpOnly"}},
+                 "httpPort": self.ports, "dynamicPortRange": [self.ports + 1, self.ports + 41],
+                 "readyTimeoutSecs": .5, "drainTimeoutSecs": .3}
+        self.configure(configSources={"source": {"file": "../source.json"}}, commandTimeoutSecs=.6,
+                       deployMode={"proxy": proxy} if self.proxy else "noproxy")
+
+    def serve(self):
+        """nginx, as far as c2 asks it: where do the links point? It answers while the container is up."""
+        server = socket.socket()
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind(("127.0.0.1", self.ports))
+        server.listen(20)
+        pid = os.fork()
+        if not pid:
+            while True:
+                try:
+                    c = server.accept()[0]
+                    name = re.search(rb"Host: (\w+)", c.recv(4096)).group(1).decode()
+                    if os.path.exists(self.path("fake", "up")):
+                        port = os.path.basename(os.readlink(self.path("deploys/frontend-proxy/live", name)))
+                        c.sendall(("HTTP/1.0 200 OK\r\n\r\nport=" + port.replace("none", "")).encode())
+                    c.close()
+                except Exception:
+                    c.close()
+        server.close()
+        self.addCleanup(lambda: (os.kill(pid, signal.SIGKILL), os.waitpid(pid, 0)))
+
+    def apps(self):
+        """The apps that run: pid -> release."""
+        found = {}
+        for name in os.listdir(self.path("register")):
+            stat = c2.read_file("/proc/%s/stat" % name)
+            if stat and stat.rpartition(")")[2].split()[0] not in "ZX":
+                found[int(name)] = self.read("register", name)
+            else:
+                os.unlink(self.path("register", name))
+        return found
+
+    def end_apps(self):
+        for pid in self.apps():
+            os.kill(pid, signal.SIGKILL)
+
+    def run_c2(self, *args, **options):
+        """Run c2 in a fork of this process, with waits cut short; strike= is called there first."""
+        code, strike = options.pop("code", 0), options.pop("strike", None)
+        timeout, said = options.pop("timeout", 30), self.path("said")
+        pid = os.fork()
+        if not pid:
+            self.in_fork(args, strike, said)
+        deadline = time.monotonic() + timeout
+        while True:
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                break
+            if time.monotonic() > deadline:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                self.fail("c2 %s hangs: %s" % (" ".join(args), self.read("said")))
+            time.sleep(.001)
+        ran = Ran(-os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status), "", self.read("said"))
+        self.assertNotRegex(ran.err, "Traceback|internal error", args)
+        if code is not None:
+            self.assertEqual(ran.code, code, "%s %s" % (args, ran))
+        return ran
+
+    def in_fork(self, args, strike, said):
+        code = 99
+        try:
+            fd = os.open(said, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+            for n in (1, 2):
+                os.dup2(fd, n)
+            sys.stdout, sys.stderr = (open(n, "w", encoding="utf-8", closefd=False) for n in (1, 2))
+            os.environ.clear()
+            os.environ.update(self.env)
+            sleep = time.sleep
+            time.sleep = lambda seconds: sleep(min(seconds, .01))
+            c2.END_GRACE_SECS, c2.ASK_TIMEOUT_SECS, c2.RELOAD_TIMEOUT_SECS, c2.LINGER_SECS = 1, .3, .3, 0
+            if strike:
+                strike()
+            code = c2.main(list(args))
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+
+    def abstract(self):
+        """The state, less ports and times."""
+        path = self.path("deploys", "frontend-proxy", "state.json")
+        state = self.state() if os.path.exists(path) else {"deploys": {}, "connections": {}}
+        return {n: d["release"] for n, d in state["deploys"].items()}, state["connections"]
+
+    def served(self):
+        """The endpoints whose link leads to an app that answers."""
+        found, live = {}, self.path("deploys", "frontend-proxy", "live")
+        for name in ("main", "other"):
+            port = os.path.basename(c2.read_link(os.path.join(live, name)) or "none")
+            answer = port != "none" and c2.http_get(int(port), "/")
+            if answer:
+                found[name] = answer[1]
+        return found
+
+    def check(self):
+        """State, links, directories, processes and log agree, and nothing is half done."""
+        root = self.path("deploys")
+        deploys, connections = self.abstract()
+        for directory, folders, files in os.walk(root):
+            for name in files + folders:
+                self.assertNotRegex(name, "~$|journal", directory)
+        for place in (".staging", ".old", "frontend-proxy/blocked"):
+            self.assertEqual(c2.list_dir(os.path.join(root, place)), [], place)
+        self.assertEqual(sorted(self.apps().values()), sorted(deploys.values()), "apps that run, and should")
+        present = set(os.listdir(root)) - {"frontend-proxy", "current", ".staging", ".old"}
+        self.assertEqual(present - self.kept, set(deploys) - self.kept)
+        for name in deploys:
+            self.assertEqual(self.read("deploys", name, "x"), "value")
+            self.assertIn(int(self.read("deploys", name, "pid")), self.apps())
+        if self.proxy:
+            self.check_links(connections)
+        else:
+            self.assertEqual(c2.read_link(os.path.join(root, "current")), "".join(deploys) or None)
+        for line in self.read("log.json").splitlines():
+            self.assertIn("event", json.loads(line))
+        self.check_log(deploys, connections)
+
+    kept = frozenset()      # labels whose directories stay without a deploy
+
+    def check_links(self, connections):
+        state, live = self.state(), self.path("deploys", "frontend-proxy", "live")
+        if not os.path.isdir(live):
+            return self.assertEqual(connections, {})
+        for name in ("main", "other"):
+            port = state["deploys"][connections[name]]["port"] if name in connections else "none"
+            self.assertEqual(c2.read_link(os.path.join(live, name)) or "../ports/none", "../ports/%s" % port)
+        self.assertEqual({n: state["deploys"][l]["release"] for n, l in connections.items()}, self.served())
+
+    def check_log(self, deploys, connections):
+        """What the log says was done gives the state."""
+        labels, links = set(), {}
+        for entry in self.log():
+            if entry["event"] != "done":
+                continue
+            verb, name = entry["message"].split()[:2]
+            if verb == "connect":
+                links[name] = entry["deploy"]
+            elif verb == "disconnect":
+                links.pop(name, None)
+            elif verb == "stop":
+                labels.discard(name)
+            else:
+                labels = labels | {name} if self.proxy else {name}
+        self.assertEqual((labels, links), (set(deploys), connections), "as the log has it")
+
+    def walk(self, modes, *command, **options):
+        """Strike at each effect of a command, one after the other; each time put right, check, and go back.
+
+        code: the command's own exit code; back: the commands that take it back; outage: endpoints that it may
+        take off; prepare: called before each.
+        """
+        told, before = self.path("hit"), self.abstract()
+        stride = 1 if EVERY_FAULT else self.strides.get(modes[0], 1)
+        for n in itertools.count(1 + SEED % stride, stride):
+            mode = modes[(n + SEED) % len(modes)]
+            options.get("prepare", len)(())
+            served = [e for e in self.served() if e not in options.get("outage", ())]
+            ran = self.run_c2(*command, code=None, strike=Strike(mode, n, told))
+            if not os.path.exists(told):
+                self.assertEqual(ran.code, options.get("code", 0), ran)
+                self.check()
+                return
+            try:
+                self.after_strike(mode, command, ran, served)
+                if self.abstract() != before:
+                    for step in options.get("back", ()):
+                        self.run_c2(*step)
+                    self.assertEqual(self.abstract(), before)
+            except AssertionError as e:
+                raise AssertionError("%s: effect %s of %s: %s\n%s\n%s" % (
+                    mode, n, command, self.read("hit"), ran, e)) from e
+            os.unlink(told)
+            self.injected += 1
+
+    strides = {"kill": 2, "disk full": 7, "program hangs": 2}
+
+    def report(self, modes, begun):
+        print("%s, %s: %d faults injected, all survived, in %.0f s" % (
+            type(self).__name__, "/".join(modes), self.injected, time.time() - begun), file=sys.stderr)
+
+    def after_strike(self, mode, command, ran, served):
+        self.assertIn(ran.code, (-9,) if mode == "kill" else (0, 1, 3))
+        self.assertLessEqual(set(served), set(self.served()), "served before")
+        if mode == "kill" and self.random.random() < .3:
+            strike = Strike(mode, self.random.randint(1, 12), self.path("hit twice"))
+            again = self.run_c2("stop", "nosuch", code=None, strike=strike)
+            self.assertIn(again.code, (-9, 3), "killed while it recovers")
+            self.injected += again.code == -9
+            self.assertLessEqual(set(served), set(self.served()), "served before, after two kills")
+        self.run_c2("stop", "nosuch", code=3)
+        self.assertLessEqual(set(served), set(self.served()), "served before, after the next command")
+        deploys = self.abstract()[0]
+        if "going on with the start" in ran.err:        # a stop command has failed, which was reported
+            for pid in set(self.apps()) - {int(self.read("deploys", name, "pid")) for name in deploys}:
+                os.kill(pid, signal.SIGKILL)
+        for name, release in deploys.items():
+            if name in command or release in command:
+                self.run_c2("start", release, name)     # where its stop command has failed
+        if command[0] == "restart-frontend-proxy":
+            self.run_c2(*command)
+        self.check()
+        self.assertLessEqual(set(served), set(self.served()), "served before, at last")
+
+
+class FaultsWithTheProxy(Faulty):
+    """The whole blue/green story, with a fault at each effect of each command."""
+
+    def story(self, *modes):
+        self.names, begun = 0, time.time()
+        self.run_c2("start", "a.zip")
+        self.walk(modes, "connect", "main", "a", back=[("disconnect", "main"), ("shutdown-frontend-proxy",)])
+        self.walk(modes, "start", "b.zip", back=[("stop", "b")])
+        self.walk(modes, "start", "bad.zip", code=1)
+        self.walk(modes, "connect", "main", "b", back=[("connect", "main", "a")])
+        self.walk(modes, "stop", "a", back=[("start", "a.zip")])
+        self.walk(modes, "rollback", "main", code=3)
+        self.walk(modes, "restart-frontend-proxy", prepare=self.rename)
+        self.walk(modes, "disconnect", "main", outage=["main"], back=[("connect", "main", "b")])
+        self.walk(modes, "start", "b2.zip", "b", back=[("start", "b.zip", "b")])
+        self.walk(modes, "start", "b2.zip", "b", prepare=lambda _: self.end_apps())
+        self.walk(modes, "stop", "b", back=[("start", "b2.zip", "b")])
+        self.assertFalse(os.path.exists(self.path("deploys/frontend-proxy/conf/candidate.conf")))
+        self.report(modes, begun)
+
+    def rename(self, _):
+        """Change the configuration, so that nginx has to be reloaded."""
+        self.names += 1
+        self.set_up_host("name%d.test" % self.names)
+
+    def test_kill_at_every_effect(self):
+        self.story("kill")
+
+    def test_disk_fails(self):
+        self.story("disk full", "disk read-only", "disk error")
+
+    def test_programs_fail(self):
+        self.story("program fails")
+
+    def test_programs_fail_when_done(self):
+        self.story("program fails late")
+
+    def test_programs_hang(self):
+        self.story("program hangs", "program hangs late")
+
+
+class FaultsWithoutTheProxy(Faulty):
+    """Replacing, going back and stopping, with a fault at each effect."""
+
+    proxy = False
+    kept = frozenset(["a", "b", "b2"])
+
+    def story(self, *modes):
+        begun = time.time()
+        self.walk(modes, "start", "a.zip", back=[("stop", "a")])
+        self.walk(modes, "start", "b.zip", back=[("start", "a.zip")])
+        self.walk(modes, "start", "bad.zip", code=1)
+        self.walk(modes, "start", "b2.zip", "b", back=[("start", "b.zip", "b")])
+        self.walk(modes, "start", "b2.zip", "b")
+        self.walk(modes, "stop", "b", back=[("start", "b2.zip", "b")])
+        self.report(modes, begun)
+
+    def test_kill_at_every_effect(self):
+        self.story("kill")
+
+    def test_disk_fails(self):
+        self.story("disk full", "disk read-only", "disk error")
+
+    def test_programs_fail(self):
+        self.story("program fails")
+
+    def test_programs_fail_when_done(self):
+        self.story("program fails late")
+
+    def test_programs_hang(self):
+        self.story("program hangs", "program hangs late")
 
 
 if __name__ == "__main__":
