@@ -2796,6 +2796,12 @@ def set_links(config: Config, table: Dict[str, str]) -> None:
             replace_link(config.proxy_path("live", name), table.get(name))
 
 
+def restore_links(config: Config) -> None:
+    """Point the links in live/, if there are any yet, where the recorded state has them."""
+    if read_links(config):
+        set_links(config, routes(config, load_state(config)))
+
+
 def install_nginx_conf(host: Host, conf: str, running: bool) -> Callable[[], None]:
     """Test a configuration inside the proxy's image, then put it in place; returns what takes it back.
 
@@ -3294,7 +3300,7 @@ def undo(host: Host, journal: Journal) -> None:
     if step and isinstance(action, (Create, Replace, Restart)):
         undo_launch(host, journal, action.deploy, getattr(action, "old", None))
     elif step == "switch":
-        set_links(host.config, routes(host.config, load_state(host.config)))
+        restore_links(host.config)
     if step != "remove":
         journal.clear()
 
@@ -3427,7 +3433,7 @@ def put_right(host: Host, journal: Journal, state: State) -> None:
             execute(host, journal, action, state)
     except (C2Error, OSError) as e:
         if isinstance(action, (Connect, Disconnect)):
-            set_links(config, routes(config, state))
+            restore_links(config)
             journal.clear()
             raise C2Error(f"could not finish what was killed ({doing}): {e}; {action.end_point} is as it was "
                           "before; mend the cause and try again") from None

@@ -2358,7 +2358,7 @@ FAKE_DOCKER = r'''#!/bin/sh
 say() { echo "$*" >&2; exit 1; }
 [ "$1" != compose ] || shift 5
 case $1 in
-inspect) [ -e "$FAKE/up" ] || say "Error: No such container: $6"; echo "true false $FAKE_DIR" ;;
+inspect) [ -e "$FAKE/up" ] || say "Error: No such container: $6"; echo "true false image $FAKE_DIR" ;;
 top) echo "PID COMMAND"; [ ! -e "$FAKE/up" ] || echo "$(cat "$FAKE/up") nginx: worker process" ;;
 kill) [ -e "$FAKE/up" ] || say no container; echo $(($(cat "$FAKE/up") + 1)) >"$FAKE/up" ;;
 up) [ -e "$FAKE/up" ] || echo 100 >"$FAKE/up" ;;
@@ -2403,7 +2403,7 @@ EVERY_FAULT = SECONDS >= 30      # with C2_FUZZ=30; else the slow kinds strike a
 
 
 class Strike(object):
-    """Counts c2's effects in this process and strikes at the n-th: a kill, a disk's error, a program's failure.
+    """Counts c2's effects in this process and strikes at the n-th: a kill, a disk's or a program's failure.
 
     It is installed in a fork of the tests' process, and tells in a file what it hit.
     """
@@ -2425,7 +2425,7 @@ class Strike(object):
         await_command, run = c2.await_command, c2.run
         c2.await_command = lambda *a: self.hit("running", None) or await_command(*a)
         if "hang" in self.mode:
-            c2.run = lambda *a, **options: run(*a, **dict(options, timeout=.5))
+            c2.run = lambda args, *a, **options: run(args, .5, *a[1:], **c2.without(options, "timeout"))
 
     def hit(self, what, kind):
         """Count an effect; at the n-th, kill this process, or tell that it is to fail."""
@@ -2447,8 +2447,8 @@ class Strike(object):
             flags = args[0] if args else options.get("mode", "r")
             reads = name == "open" and (isinstance(path, int) or not (
                 flags & (os.O_WRONLY | os.O_RDWR) if isinstance(flags, int) else set(flags) & set("wxa+")))
-            outside = str(path).startswith(("/dev/", "/proc/")) or self.mode != "kill" and "log.json" in str(path)
-            if reads or outside or self.mode == "kill" and name not in self.KILL:
+            log = str(path).endswith("log.json") and self.mode != "kill"
+            if reads or log or self.mode == "kill" and name not in self.KILL:
                 return function(path, *args, **options)
             hit = self.hit("%s %s %s" % (name, path, args[:1]), "disk")
             if hit and (self.mode != "disk full" or name in self.ALLOCATE):
@@ -2489,9 +2489,9 @@ class Faulty(Sandbox):
         self.write("source.json", {"key": "value"})
         app = "%s -I -S ../../app.py ${C2_PORT:-0} $C2_RELEASE ../../register" % sys.executable
         for name, start in (("a.zip", app), ("b.zip", app), ("b2.zip", app), ("bad.zip", app + "; exit 9")):
-            self.release(name, {"x.tpl": "{{source.key}}", "d/y": "y"}, startCommand=start, templates=["x.tpl"],
-                         prestartCommand="test -e x", stopCommand="kill $(cat pid) && rm pid",
-                         configSources={"inner": "release.json"})
+            self.release(name, {"x.tpl": "{{source.key}}", "d/y": "y"}, templates=["x.tpl"],
+                         configSources={"inner": "release.json"}, prestartCommand="test -e x",
+                         startCommand=start, stopCommand="kill $(cat pid) && rm pid")
         self.injected, self.random = 0, random.Random(SEED)
         c2.parser()             # so that the forks have its regular expressions compiled
         self.addCleanup(self.end_apps)
@@ -2507,25 +2507,27 @@ class Faulty(Sandbox):
                        deployMode={"proxy": proxy} if self.proxy else "noproxy")
 
     def serve(self):
-        """nginx, as far as c2 asks it: where do the links point? It answers while the container is up."""
-        server = socket.socket()
-        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        server.bind(("127.0.0.1", self.ports))
-        server.listen(20)
+        """nginx, as far as c2 asks it: where do the links point? It listens while the container is up."""
         pid = os.fork()
         if not pid:
             while True:
-                try:
-                    c = server.accept()[0]
-                    name = re.search(rb"Host: (\w+)", c.recv(4096)).group(1).decode()
-                    if os.path.exists(self.path("fake", "up")):
-                        port = os.path.basename(os.readlink(self.path("deploys/frontend-proxy/live", name)))
-                        c.sendall(("HTTP/1.0 200 OK\r\n\r\nport=" + port.replace("none", "")).encode())
-                    c.close()
-                except Exception:
-                    c.close()
-        server.close()
+                while not os.path.exists(self.path("fake", "up")):
+                    time.sleep(.002)
+                with contextlib.suppress(Exception):
+                    self.listen()
         self.addCleanup(lambda: (os.kill(pid, signal.SIGKILL), os.waitpid(pid, 0)))
+
+    def listen(self):
+        with socket.socket() as server:
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            server.bind(("127.0.0.1", self.ports))
+            server.listen(20)
+            server.settimeout(.002)
+            while os.path.exists(self.path("fake", "up")):
+                with contextlib.suppress(Exception), contextlib.closing(server.accept()[0]) as c:
+                    name = re.search(rb"Host: (\w+)", c.recv(4096)).group(1).decode()
+                    port = os.path.basename(os.readlink(self.path("deploys/frontend-proxy/live", name)))
+                    c.sendall(("HTTP/1.0 200 OK\r\n\r\nport=" + port.replace("none", "")).encode())
 
     def apps(self):
         """The apps that run: pid -> release."""
@@ -2559,7 +2561,8 @@ class Faulty(Sandbox):
                 os.waitpid(pid, 0)
                 self.fail("c2 %s hangs: %s" % (" ".join(args), self.read("said")))
             time.sleep(.001)
-        ran = Ran(-os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status), "", self.read("said"))
+        ended = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+        ran = Ran(ended, "", self.read("said"))
         self.assertNotRegex(ran.err, "Traceback|internal error", args)
         if code is not None:
             self.assertEqual(ran.code, code, "%s %s" % (args, ran))
@@ -2635,7 +2638,7 @@ class Faulty(Sandbox):
         for name in ("main", "other"):
             port = state["deploys"][connections[name]]["port"] if name in connections else "none"
             self.assertEqual(c2.read_link(os.path.join(live, name)) or "../ports/none", "../ports/%s" % port)
-        self.assertEqual({n: state["deploys"][l]["release"] for n, l in connections.items()}, self.served())
+        self.assertEqual({n: state["deploys"][d]["release"] for n, d in connections.items()}, self.served())
 
     def check_log(self, deploys, connections):
         """What the log says was done gives the state."""
