@@ -2451,7 +2451,8 @@ class Strike(object):
             if reads or log or self.mode == "kill" and name not in self.KILL:
                 return function(path, *args, **options)
             hit = self.hit("%s %s %s" % (name, path, args[:1]), "disk")
-            if hit and (self.mode != "disk full" or name in self.ALLOCATE):
+            room = name not in self.ALLOCATE or name == "open" and os.path.exists(path)
+            if hit and not (self.mode == "disk full" and room):
                 number = {"disk full": errno.ENOSPC, "disk read-only": errno.EROFS}.get(self.mode, errno.EIO)
                 raise OSError(number, os.strerror(number), str(path))
             return function(path, *args, **options)
