@@ -1412,6 +1412,7 @@ http {
         self.assertEqual("a-2.zip", self.release_of("main.test"))
         self.assertIn("successful", self.docker("exec", "frontendproxy", "nginx", "-t"))
 
+        self.assertEqual(before, self.container())
         for broken, words in ((self.TEMPLATE.replace("return 503;", "retrun 503;"), 'directive "retrun"'),
                               (self.TEMPLATE.replace("{{/http}}", ""), "{{#http}}")):
             self.write("etc/nginx.conf.tpl", broken)
@@ -1421,12 +1422,15 @@ http {
                 self.assertEqual(state, self.state())
                 self.assertEqual(conf, self.read("deploys", "frontend-proxy", "conf", "nginx.conf"))
                 self.assertEqual("a-2.zip", self.release_of("main.test"))
+        self.c2("shutdown-frontend-proxy")
+        self.write("etc/nginx.conf.tpl", self.TEMPLATE.replace("return 503;", "retrun 503;"))
+        self.assertIn('directive "retrun"', self.c2("connect", "main", "a-1", code=1).err)
+        self.assertNotIn("nginx", self.docker("ps", "-a"))
         os.unlink(self.path("etc", "nginx.conf.tpl"))
         self.assertIn("nginxConfTemplatePath", self.c2("connect", "main", "a-1", code=2).err)
         self.write("etc/nginx.conf.tpl", self.TEMPLATE)
         self.c2("connect", "main", "a-1")
         self.assertEqual("a-1.zip", self.release_of("main.test"))
-        self.assertEqual(before, self.container())
 
     def test_port_80_is_taken(self):
         self.proxy_config()
@@ -1515,17 +1519,24 @@ http {
         self.assertEqual("good.zip", self.release_of("main.test"))
         self.proxy_config({"readyTimeoutSecs": 0.5, "readyPath": "/404"})
         self.c2("start", "good.zip", "second")
-        self.c2("connect", "main", "second")       # warned of: the one that serves is not ready either
+        ran = self.c2("connect", "main", "second")     # warned of: the one that serves is not ready either
+        self.assertIn("does not answer GET /404", ran.err)
         self.assertEqual("second", self.state()["connections"]["main"])
 
     def test_umask_077(self):
         """What nginx's own user must read it can read."""
         self.proxy_config()
         self.app("a-1.zip")
+        with zipfile.ZipFile(self.path("releases", "a-1.zip"), "a") as z:
+            page = zipfile.ZipInfo("page")
+            page.external_attr = 0o644 << 16
+            z.writestr(page, "")
         for args in (("start", "a-1.zip"), ("connect", "main", "a-1"), ("connect", "test", "a-1")):
             self.c2(*args, preexec_fn=lambda: os.umask(0o077))
         self.assertEqual("a-1.zip", self.release_of("test.test"))
-        self.assertEqual(0o755, os.stat(self.path("deploys", "a-1")).st_mode & 0o777)
+        for mode, path in ((0o755, "a-1"), (0o600, "a-1/app.py"), (0o644, "a-1/page"),
+                           (0o755, "frontend-proxy/live"), (0o644, "frontend-proxy/conf/nginx.conf")):
+            self.assertEqual(mode, os.stat(self.path("deploys", path)).st_mode & 0o777, path)
 
 
 @needs_bed
@@ -1568,9 +1579,12 @@ services:
         self.configure()
         self.release("test1.zip", startCommand="sleep 1000")
         begun = self.start_c2("start", "test1.zip")
+        timer = threading.Timer(60, begun.kill)
+        timer.start()
         for line in iter(begun.stderr.readline, b""):
             if b"still runs" in line:
                 break
+        timer.cancel()
         self.assertIn(b"docker compose up -d", line)
         self.c2("stop", "test1.zip")
         self.assertEqual(143, self.finish(begun).code)
