@@ -1627,6 +1627,16 @@ def read_file(path: str) -> Optional[str]:
         raise C2Error(f"{path} is not UTF-8 text") from None
 
 
+@contextlib.contextmanager
+def naming(path: str) -> Any:
+    """Let an OSError tell its file: that of a failed write has no name."""
+    try:
+        yield
+    except OSError as e:
+        e.filename = e.filename or path
+        raise
+
+
 def temp_name(path: str) -> str:
     """A file's name until it is whole; no label contains ~, and the pid tells what a kill has left."""
     return f"{path}.{os.getpid()}~"
@@ -1637,7 +1647,8 @@ def replace_file(path: str, content: Any, mode: int = 0o644) -> None:
     data = content.encode("utf-8") if isinstance(content, str) else content
     temp = temp_name(path)
     try:
-        with open(os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "wb") as f:
+        fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+        with naming(path), open(fd, "wb") as f:
             os.fchmod(f.fileno(), mode)
             f.write(data)
             f.flush()
@@ -1956,8 +1967,7 @@ def locked(host: Host, wait: float, cancels: Optional[Callable[[dict], bool]] = 
 def load_state(config: Config) -> State:
     """This host's state.json; an empty State when there is none yet."""
     path = config.proxy_path("state.json")
-    source = read_file(path)
-    return State() if source is None else decode_state(parse_json(source, path), path)
+    return decode_state(load_json(path, path), path) if os.path.exists(path) else State()
 
 
 def save_state(config: Config, state: State) -> None:
@@ -2057,9 +2067,11 @@ def run_command(host: Host, journal: Journal, deploy: Deploy, kind: str, directo
     process that the next command can't find. Raises CommandFailed with the last lines of its output.
     """
     import subprocess
-    command = getattr(read_release(directory), f"{kind}_command")
+    release = read_release(directory)
+    command = getattr(release, f"{kind}_command")
     if not command.strip():
         return
+    learn_secrets(host, [os.path.join(directory, path) for path in release.config_sources.values()])
     host.log.info(kind, f"{deploy.label}: {kind}: {command}", release=deploy.release, deploy=deploy.label)
     path, began = output_path(host.config, deploy.label), time.monotonic()
     make_dir(os.path.dirname(path), 0o700)
@@ -2191,7 +2203,8 @@ def fetch(source: Choice, to: str) -> None:
     part = temp_name(to)
     try:
         os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600))
-        FETCH[source.name](source.value, part)
+        with naming(to):
+            FETCH[source.name](source.value, part)
         os.chmod(part, 0o600)
         os.replace(part, to)
     finally:
@@ -2357,15 +2370,24 @@ def load_json(path: str, what: str) -> Any:
 
 
 def load_context(host: Host) -> dict:
-    """The template context from the cache; its secrets are masked in the log from here on."""
+    """The template context from the cache."""
     context = {}
     for name, source in host.config.config_sources.items():
         path = cache_path(host.config, name)
         if not os.path.exists(path):
             raise C2Error(f"the config source {name} has not been fetched yet; run c2 fetch-context")
         context[name] = load_json(path, f"the config source {name}")
-        host.log.add_secrets(secret_values(context[name], source.name == "awsSecretArn"))
     return context
+
+
+def learn_secrets(host: Host, inner: List[str]) -> None:
+    """Mask, in the log from here on, the secrets of the cached config sources and of a release's own, the
+    files `inner`; those that can't be read have none."""
+    config = host.config
+    found = [(cache_path(config, name), s.name == "awsSecretArn") for name, s in config.config_sources.items()]
+    for path, secret in found + [(path, False) for path in inner]:
+        with contextlib.suppress(C2Error, OSError):
+            host.log.add_secrets(secret_values(load_json(path, path), secret))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2427,6 +2449,7 @@ def check_link(name: str, target: str, what: str) -> None:
 
 def unpack_archive(path: str, directory: str, what: str) -> None:
     """Unpack a zip archive into a new directory, with the modes it gives (absent: 0644, directories 0755)."""
+    import errno
     import zipfile
     import zlib
     try:
@@ -2438,8 +2461,11 @@ def unpack_archive(path: str, directory: str, what: str) -> None:
                 raise C2Error(f"{what}: unpacked it takes {size >> 20} MB, but {os.path.dirname(directory)} "
                               f"has only {disk.f_bavail * disk.f_frsize >> 20} MB free; remove old deploys")
             make_dir(directory)
-            write_members(archive, members, directory, what)
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError) as e:
+            with naming(directory):
+                write_members(archive, members, directory, what)
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, OSError) as e:
+        if getattr(e, "errno", errno.EINVAL) != errno.EINVAL:   # which is a jump to before the file's start
+            raise
         raise C2Error(f"{what} is not a sound zip archive: {e}; pack or upload it again") from None
 
 
@@ -2536,7 +2562,6 @@ def prepare_release(host: Host, name: str, directory: str, context: dict) -> Rel
     sources = {}
     for key, path in release.config_sources.items():
         sources[key] = load_json(inner_path(directory, path, what), f"{what}: configSources.{key}")
-        host.log.add_secrets(secret_values(sources[key]))
     merged = dict(sources, **context)
     for path in release.templates:
         template = inner_path(directory, path, what)

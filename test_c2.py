@@ -2488,7 +2488,7 @@ class Strike(object):
 class Faulty(Sandbox):
     """A host with a fake docker and real apps, whose c2 runs in forks of this process; and what must hold."""
 
-    proxy = True
+    proxy, timeout = True, .6
 
     def setUp(self):
         super(Faulty, self).setUp()
@@ -2507,6 +2507,7 @@ class Faulty(Sandbox):
             self.release(name, {"x.tpl": "{{source.key}}", "d/y": "y"}, templates=["x.tpl"],
                          configSources={"inner": "release.json"}, prestartCommand="test -e x",
                          startCommand=start, stopCommand="kill $(cat pid) && rm pid")
+        self.forks = 0
         self.injected, self.random = 0, random.Random(SEED)
         c2.parser()             # so that the forks have its regular expressions compiled
         self.addCleanup(self.end_apps)
@@ -2518,7 +2519,7 @@ class Faulty(Sandbox):
                                "other": {"serverNames": ["other.test"], "etype": "httpOnly"}},
                  "httpPort": self.ports, "dynamicPortRange": [self.ports + 1, self.ports + 41],
                  "readyTimeoutSecs": .5, "drainTimeoutSecs": .3}
-        self.configure(configSources={"source": {"file": "../source.json"}}, commandTimeoutSecs=.6,
+        self.configure(configSources={"source": {"file": "../source.json"}}, commandTimeoutSecs=self.timeout,
                        deployMode={"proxy": proxy} if self.proxy else "noproxy")
 
     def serve(self):
@@ -2559,13 +2560,17 @@ class Faulty(Sandbox):
         for pid in self.apps():
             os.kill(pid, signal.SIGKILL)
 
-    def run_c2(self, *args, **options):
-        """Run c2 in a fork of this process, with waits cut short; strike= is called there first."""
-        code, strike = options.pop("code", 0), options.pop("strike", None)
-        timeout, said = options.pop("timeout", 30), self.path("said")
+    def fork_c2(self, *args, **options):
+        """Begin a c2 in a fork of this process, with waits cut short; strike= is called there first."""
+        self.forks += 1
+        said = self.path("said%d" % self.forks)
         pid = os.fork()
         if not pid:
-            self.in_fork(args, strike, said)
+            self.in_fork(args, options.get("strike"), said)
+        return pid, said, args
+
+    def await_c2(self, fork, code=0, timeout=60):
+        pid, said, args = fork
         deadline = time.monotonic() + timeout
         while True:
             done, status = os.waitpid(pid, os.WNOHANG)
@@ -2574,14 +2579,17 @@ class Faulty(Sandbox):
             if time.monotonic() > deadline:
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
-                self.fail("c2 %s hangs: %s" % (" ".join(args), self.read("said")))
+                self.fail("c2 %s hangs: %s" % (" ".join(args), self.read(said)))
             time.sleep(.001)
         ended = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
-        ran = Ran(ended, "", self.read("said"))
+        ran = Ran(ended, "", c2.read_file(said) or "")
         self.assertNotRegex(ran.err, "Traceback|internal error", args)
         if code is not None:
             self.assertEqual(ran.code, code, "%s %s" % (args, ran))
         return ran
+
+    def run_c2(self, *args, **options):
+        return self.await_c2(self.fork_c2(*args, **options), options.get("code", 0))
 
     def in_fork(self, args, strike, said):
         code = 99
@@ -2647,9 +2655,10 @@ class Faulty(Sandbox):
     kept = frozenset()      # labels whose directories stay without a deploy
 
     def check_links(self, connections):
-        state, live = self.state(), self.path("deploys", "frontend-proxy", "live")
+        live = self.path("deploys", "frontend-proxy", "live")
         if not os.path.isdir(live):
             return self.assertEqual(connections, {})
+        state = self.state()
         for name in ("main", "other"):
             port = state["deploys"][connections[name]]["port"] if name in connections else "none"
             self.assertEqual(c2.read_link(os.path.join(live, name)) or "../ports/none", "../ports/%s" % port)
@@ -2802,6 +2811,423 @@ class FaultsWithoutTheProxy(Faulty):
 
     def test_programs_hang(self):
         self.story("program hangs", "program hangs late")
+
+
+class LockAndJournal(Faulty):
+    """One at a time; and what a kill leaves is put right or named."""
+
+    def setUp(self):
+        super(LockAndJournal, self).setUp()
+        self.release("slow.zip", startCommand="touch ../../begun; sleep 60")
+        self.release("moody.zip", startCommand="test ! -e ../../broken",
+                     stopCommand="touch ../../stopped; sleep .2")
+
+    def begun(self, name):
+        wait_for(lambda: os.path.exists(self.path(name)), 60, name)
+
+    def test_the_lock_dies_with_its_process(self):
+        holder = self.fork_c2("start", "slow.zip")
+        self.begun("begun")
+        waiting = self.run_c2("stop", "nosuch", "--lock-wait", "0.2", code=3)
+        self.assertRegex(waiting.err, r"c2 start slow.zip \(pid %d, in step start\).*--lock-wait" % holder[0])
+        patient = self.fork_c2("stop", "nosuch")
+        wait_for(lambda: "waiting for c2 start" in (c2.read_file(patient[1]) or ""), 30)
+        os.kill(holder[0], signal.SIGKILL)
+        self.await_c2(holder, -9)
+        ran = self.await_c2(patient, 3)
+        self.assertRegex(ran.err, r"was killed: create slow \(step start.*\n.*ended the command that it left")
+        self.check()
+
+    def test_a_stale_lock_file_is_no_lock(self):
+        mine = json.dumps(c2.identity(os.getpid()))
+        for content in ("", "{", "[]", "null", mine, '{"pid": 99999999}', "\0" * 99):
+            self.write("deploys/frontend-proxy/lock", content)
+            self.run_c2("stop", "nosuch", "--lock-wait", "0", code=3)
+
+    def test_twenty_at_once(self):
+        self.run_c2("start", "a.zip")
+        lines = [("start", "a.zip", "n%d" % n) for n in range(8)] + [("connect", "main", "a")] * 4
+        lines += [("stop", "n%d" % n) for n in range(4)] + [("status",), ("fetch-context",)] * 2
+        forks = [self.fork_c2(*line) for line in lines]
+        for fork in forks:
+            self.await_c2(fork, None, 120)
+        self.assertIn("main", self.served())
+        self.check()
+
+    def test_a_journal_that_is_none_is_named(self):
+        self.run_c2("start", "a.zip")
+        for content in ("", "{", "[]", "{}", "7", "[" * 10 ** 5, '{"action": {"kind": "Create"}}',
+                        '{"action": {"kind": "Connect", "end_point": "../x", "label": "y"}, "step": "switch",'
+                        ' "group": null, "command": "", "since": ""}'):
+            path = self.write("deploys/frontend-proxy/journal.json", content)
+            ran = self.run_c2("stop", "a", code=1)
+            self.assertIn(path, ran.err)
+            os.unlink(path)
+            self.check()
+
+    def test_a_truncated_state_changes_nothing(self):
+        self.run_c2("start", "a.zip")
+        self.run_c2("connect", "main", "a")
+        path = self.path("deploys/frontend-proxy/state.json")
+        whole = self.read(path)
+        for content in ("", whole[:len(whole) // 2], "[]", '{"deploys": {"a": {}}}',
+                        '{"connections": {"main": "x"}}'):
+            self.write(path, content)
+            for line in (("stop", "a"), ("start", "b.zip"), ("connect", "main", "a"), ("disconnect", "main"),
+                         ("restart-frontend-proxy",), ("status",)):
+                ran = self.run_c2(*line, code=1)
+                self.assertIn(path, ran.err)
+                self.assertEqual(self.served(), {"main": "a.zip"})
+            self.assertEqual(self.read(path), content)
+        self.write(path, whole)
+        self.check()
+
+    def test_a_failed_recovery_blocks_that_label_alone(self):
+        self.run_c2("start", "moody.zip", "x")
+        victim = self.fork_c2("start", "a.zip", "x")
+        self.begun("stopped")
+        os.kill(victim[0], signal.SIGKILL)
+        self.await_c2(victim, -9)
+        self.write("broken", "")
+        ran = self.run_c2("start", "b.zip", code=1)
+        self.assertRegex(ran.err, "x is blocked.*c2 stop --force x")
+        self.run_c2("start", "b.zip")
+        self.assertIn("x is blocked", self.run_c2("status").err)
+        self.run_c2("connect", "main", "b")
+        self.run_c2("connect", "main", "x", code=1)
+        self.run_c2("stop", "x", code=1)
+        self.assertEqual(self.served(), {"main": "b.zip"})
+        self.run_c2("stop", "--force", "x")
+        self.assertNotIn("x", self.abstract()[0])
+        self.check()
+
+    def test_what_was_blocked_does_not_undo_what_came_later(self):
+        self.run_c2("start", "moody.zip", "x")
+        victim = self.fork_c2("start", "a.zip", "x")
+        self.begun("stopped")
+        os.kill(victim[0], signal.SIGKILL)
+        self.await_c2(victim, -9)
+        self.write("broken", "")
+        self.run_c2("stop", "nosuch", code=1)
+        os.unlink(self.path("broken"))
+        ran = self.run_c2("connect", "main", "x")
+        self.assertIn("has been started again", ran.err)
+        self.assertEqual(self.abstract(), ({"x": "moody.zip"}, {"main": "x"}))
+
+
+class Surroundings(Faulty):
+    """A host that is not as it should be."""
+
+    def story(self, strike=None):
+        for line in (("start", "a.zip"), ("connect", "main", "a"), ("start", "b.zip"),
+                     ("connect", "main", "b"), ("stop", "a")):
+            said = self.run_c2(*line, strike=strike).err
+            self.check()
+        return said
+
+    def test_a_clock_that_jumps(self):
+        jumps = itertools.cycle([9e8, -9e8, 1e7, -1e9])
+
+        def strike():
+            clock, by = time.time, next(jumps)
+            time.time = lambda: clock() + by
+        for _ in "123":
+            next(jumps)
+            self.story(strike)
+            self.run_c2("disconnect", "main", strike=strike)
+            self.run_c2("stop", "b", strike=strike)
+
+    def test_a_log_that_cannot_be_written_is_one_warning(self):
+        os.mkdir(self.path("log.json"))
+        ran = self.run_c2("start", "a.zip")
+        self.assertEqual(ran.err.count("can't write the log"), 1, ran)
+        os.rmdir(self.path("log.json"))
+
+    def test_a_torn_line_in_the_log_spoils_no_other(self):
+        self.write("log.json", '{"time": "20')
+        self.run_c2("start", "a.zip")
+        first, *rest = self.read("log.json").splitlines()
+        self.assertEqual(first, '{"time": "20')
+        self.assertGreater(len([json.loads(line) for line in rest]), 3)
+
+    def test_umask_077(self):
+        self.story(lambda: os.umask(0o077))
+        for name in ("", "live", "conf", "ports", "../b", "../b/d"):
+            self.assertEqual(os.stat(self.path("deploys/frontend-proxy", name)).st_mode & 0o777, 0o755, name)
+        for name in ("conf/nginx.conf", "docker-compose.yml", "ports/none", "state.json"):
+            self.assertEqual(os.stat(self.path("deploys/frontend-proxy", name)).st_mode & 0o777, 0o644, name)
+        for name in ("cache/source.json", "deploys/frontend-proxy/output/b.log"):
+            self.assertEqual(os.stat(self.path(name)).st_mode & 0o777, 0o600, name)
+
+    def test_a_foreign_process_on_the_port(self):
+        with socket.socket() as foreign:
+            foreign.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            foreign.bind(("0.0.0.0", self.ports + 1))
+            foreign.listen(1)
+            self.run_c2("start", "a.zip")
+        self.assertEqual(self.state()["deploys"]["a"]["port"], self.ports + 2)
+        self.check()
+
+    def test_missing_programs(self):
+        self.run_c2("start", "a.zip")
+        os.rename(self.path("path/docker"), self.path("path/dokker"))
+        self.env["PATH"] = self.path("path")
+        for name in ("sh", "kill", "cat", "rm"):
+            os.symlink(shutil.which(name), self.path("path", name))
+        self.assertRegex(self.run_c2("connect", "main", "a", code=1).err, "docker is not on PATH; install it")
+        self.check()
+        self.run_c2("status")
+        self.run_c2("stop", "a")
+        self.configure(releases={"s3": "s3://bucket/releases"})
+        self.assertRegex(self.run_c2("start", "a.zip", code=1).err, "aws is not on PATH; install it")
+        self.assertEqual(self.apps(), {})
+
+    @needs_bed
+    def test_a_small_disk_that_fills_and_one_that_is_read_only(self):
+        deploys = self.path("deploys")
+        subprocess.check_call(["mount", "-t", "tmpfs", "-o", "size=400k,mode=755", "c2", deploys])
+        self.addCleanup(subprocess.call, ["umount", "-l", deploys])
+        self.story()
+        with zipfile.ZipFile(self.path("releases", "big.zip"), "w", zipfile.ZIP_DEFLATED) as z:
+            z.writestr("release.json", "{}")
+            z.writestr("f", "\0" * 10 ** 6)
+        self.assertRegex(self.run_c2("start", "big.zip", code=1).err, "only 0 MB free; remove old deploys")
+        self.check()
+        self.release("fills.zip", startCommand="cat /dev/zero >full; exit 3")
+        self.run_c2("start", "fills.zip", code=1)
+        self.check()
+        with open(self.path("deploys/full"), "wb", 0) as f, contextlib.suppress(OSError):
+            while True:
+                f.write(b"x" * 1024)
+        for line in (("start", "a.zip"), ("connect", "other", "b"), ("disconnect", "main"), ("stop", "b")):
+            self.run_c2(*line, code=None)
+            self.assertIn("main", self.served())
+        os.unlink(self.path("deploys/full"))
+        self.run_c2("stop", "nosuch", code=3)
+        self.check()
+        subprocess.check_call(["mount", "-o", "remount,ro", self.path("deploys")])
+        for line in (("start", "a.zip"), ("connect", "other", "b"), ("disconnect", "main"), ("stop", "b")):
+            self.assertIn("Read-only file system", self.run_c2(*line, code=1).err)
+            self.assertEqual(self.served()["main"], "b.zip")
+        self.run_c2("status")
+        subprocess.check_call(["mount", "-o", "remount,rw", self.path("deploys")])
+        self.run_c2("stop", "nosuch", code=3)
+        self.check()
+
+
+class Hostile(Faulty):
+    """What comes from outside, mutated: no traceback, no hang, nothing written outside, memory bounded."""
+
+    LINKS = ("..", "/etc", "../../x", "d/../../..", "a\0b", ".", "release.json")
+
+    def fuzz(self, name, attempt):
+        """Call attempt(random) again and again for SECONDS, in a fork with 1 GB and a time limit."""
+        import resource
+        told = self.path("attempt")
+        pid = os.fork()
+        if not pid:
+            code = 1
+            try:
+                resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+                signal.alarm(int(SECONDS) + 30)
+                end, seed = time.monotonic() + SECONDS, SEED
+                while time.monotonic() < end:
+                    seed += 1
+                    with open(told, "w") as f:
+                        f.write(str(seed))
+                    attempt(random.Random(seed))
+                code = 0
+            except BaseException:
+                import traceback
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        status = os.waitpid(pid, 0)[1]
+        self.assertEqual(status, 0, "%s: C2_SEED=%d" % (name, int(self.read(told)) - 1))
+        if SECONDS > 1:
+            print("%s: %d mutants" % (name, int(self.read(told)) - SEED), file=sys.stderr)
+
+    def mutate(self, rng, data):
+        """Bytes changed, cut out, doubled, moved, or replaced by telling ones."""
+        data = bytearray(data)
+        for _ in range(rng.choice((1, 1, 2, 5, 20))):
+            i, j = sorted(rng.randrange(len(data) + 1) for _ in "ij")
+            j = min(j, i + rng.choice((1, 2, 4, 30, 500)))
+            data[i:j] = rng.choice((
+                bytes(rng.randrange(256) for _ in range(rng.randrange(9))), b"", bytes(data[i:j]) * 2,
+                b"\xff\xff\xff\xff", b"\0\0\0\0", b"../", b"/", b"\\", b"{{", b"}}", b"[" * 99, b'"', b": ",
+                b"\n", b"1e999", b"9" * 30, b"null", b"-1", b"\xed\xa0\x80", b"\xc3"))
+            data = data or bytearray(b"x")
+        return bytes(data)
+
+    def archive(self, rng):
+        """A sound archive as bytes; sometimes with members that no release may have."""
+        out = io.BytesIO()
+        with zipfile.ZipFile(out, "w", rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))) as z:
+            z.writestr("release.json", '{"templates": ["a.tpl"]}')
+            z.writestr("d/e/f", "content" * rng.randrange(9))
+            for _ in range(rng.randrange(4)):
+                name = rng.choice(("a.tpl", "../escaped", "/tmp/c2-escaped", "d", "d/", "l/x",
+                                   "d/../../escaped", "\\..\\escaped", "x\0y", "d//x", "l", "m", "m/x",
+                                   "C:/x", "current"))
+                info = zipfile.ZipInfo(name)
+                info.filename = name
+                kind = rng.choice((0o100000, 0o120000, 0o120000, 0o040000, 0o060000, 0o010000, 0))
+                info.external_attr = (kind | rng.choice((0o644, 0o4777, 0, 0o755))) << 16
+                size = rng.choice((0, 9, 10 ** 6))
+                z.writestr(info, rng.choice(self.LINKS) if kind == 0o120000 else "x" * size)
+        return out.getvalue()
+
+    def test_archives(self):
+        os.makedirs(self.path("box", "in"))
+
+        def attempt(rng):
+            data = self.archive(rng)
+            data = data if rng.random() < .3 else self.mutate(rng, data)
+            with open(self.path("box", "r.zip"), "wb") as f:
+                f.write(data)
+            to = self.path("box", "in", "r")
+            try:
+                c2.unpack_archive(self.path("box", "r.zip"), to, "the release")
+            except c2.C2Error:
+                pass
+            except OSError as e:
+                assert e.errno == errno.ENAMETOOLONG, e
+            assert os.listdir(self.path("box", "in")) in ([], ["r"]), os.listdir(self.path("box", "in"))
+            assert sorted(os.listdir(self.path("box"))) == ["in", "r.zip"], os.listdir(self.path("box"))
+            assert not os.path.lexists("/tmp/c2-escaped") and "escaped" not in os.listdir(self.dir)
+            for directory, folders, files in os.walk(to):
+                for name in folders + files:
+                    path = os.path.join(directory, name)
+                    assert c2.inside(path, to) or os.path.realpath(path) == os.path.realpath(to), path
+                    assert not os.lstat(path).st_mode & 0o6000 or os.path.islink(path), path
+            c2.remove_tree(to)
+        self.fuzz("archives", attempt)
+
+    def test_configurations(self):
+        with open(self.path("etc", "camus2.json"), "rb") as f:
+            source = json.dumps(json.loads(f.read().decode()), indent=1).encode()
+        flat = b"releases: {s3: 's3://bucket/x'}\ndeployMode:\n  proxy:\n    endPoints:\n      main:\n" \
+            b"        serverNames: [a.test, \"b.test\"]\n        etype: {httpsWithRedirect: generated}\n" \
+            b"    dynamicPortRange: [8000, 8100]\nlogFile: |-\n  /x\nhealthCheck: nothing # c\n"
+
+        def attempt(rng):
+            json_or_yaml = rng.choice((".json", ".yaml"))
+            path = self.path("etc", "mutant" + json_or_yaml)
+            with open(path, "wb") as f:
+                f.write(self.mutate(rng, source if json_or_yaml == ".json" or rng.random() < .3 else flat))
+            try:
+                config = c2.load_config(path)
+                if config.proxy:
+                    c2.render_nginx(config, c2.nginx_context(config, c2.State(), {}))
+                    c2.compose_file(config)
+            except c2.C2Error as e:
+                assert "\n" not in str(e), e
+        self.fuzz("configurations", attempt)
+
+    def test_templates(self):
+        def attempt(rng):
+            text = self.mutate(rng, c2.NGINX_TEMPLATE.encode()).decode("utf-8", "replace")
+            try:
+                context = {"endPoints": [{"http": {"label": "x"}}], "c2": {"upstreams": [1, 2]}}
+                c2.render_template(text, context, {"p": text[:99]})
+            except c2.TemplateError:
+                pass
+        self.fuzz("templates", attempt)
+
+    def test_files_of_c2(self):
+        """state.json, the journal, the lock and release.json: c2 reads them, or says which is wrong."""
+        self.run_c2("start", "a.zip")
+        self.run_c2("connect", "main", "a")
+        root = self.path("deploys", "frontend-proxy")
+        deploy = c2.Deploy("b", "b.zip", self.ports + 9)
+        journal = {"action": c2.encode_action(c2.Replace(deploy, deploy)), "command": "c", "since": "s",
+                   "step": "swap", "group": c2.identity(2 ** 22), "kept": True, "stopped": True}
+        seeds = {os.path.join(root, "state.json"): self.read(root, "state.json"),
+                 os.path.join(root, "journal.json"): json.dumps(journal),
+                 os.path.join(root, "lock"): self.read(root, "lock"),
+                 self.path("deploys/a/release.json"): self.read("deploys/a/release.json")}
+        host = c2.Host(c2.load_config(self.env["CAMUS2_CONFIG"]), mock.MagicMock())
+
+        def attempt(rng):
+            path = rng.choice(sorted(seeds))
+            with open(path, "wb") as f:
+                f.write(self.mutate(rng, seeds[path].encode()))
+            for read in (lambda: c2.load_state(host.config), lambda: c2.read_holder(host.config),
+                         lambda: c2.read_journal(os.path.join(root, "journal.json")),
+                         lambda: c2.encode_state(c2.load_state(host.config)),
+                         lambda: c2.end_left_over(c2.read_journal(os.path.join(root, "journal.json"))
+                                                  .record["group"]),
+                         lambda: c2.read_release(self.path("deploys", "a"))):
+                try:
+                    read()
+                except (c2.C2Error, AttributeError) as e:
+                    assert isinstance(e, c2.C2Error) or "NoneType" in str(e), e
+            with open(path, "w") as f:
+                f.write(seeds[path])
+        with mock.patch.object(c2, "end_group"):
+            self.fuzz("files of c2", attempt)
+
+
+class Secrets(Faulty):
+    """No secret of a config source is in a log, the state, the journal, a message or a list of processes."""
+
+    timeout = 20
+    SECRET, KEPT = "hunter2-planted-secret", "swordfish-planted"
+
+    def setUp(self):
+        super(Secrets, self).setUp()
+        self.write("source.json", {"key": "value", "db": {"password": self.SECRET, "user": "u"},
+                                   "token": {"deep": [self.KEPT + "\nsecond-line-secret"]}}, 0o600)
+        watch = "cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' ' >>../../seen; "
+        files = {"s.env.tpl": "PASSWORD={{{source.db.password}}}\n{{source.token.deep}}\n"}
+        app = "%s -I -S ../../app.py $C2_PORT $C2_RELEASE ../../register" % sys.executable
+        common = {"files": files, "templates": ["s.env.tpl"], "stopCommand": "cat s.env; kill $(cat pid)"}
+        self.release("good.zip", startCommand=watch + "cat s.env; " + app, **common)
+        self.release("fails.zip", startCommand=watch + "cat s.env >&2; cat s.env; exit 4", **common)
+        self.release("broken.zip", prestartCommand="cat s.env; false", startCommand="true", **common)
+        self.release("bad-template.zip", files={"x.tpl": "{{#source.db.password}}{{nothing}}{{source.db}}"},
+                     templates=["x.tpl"], startCommand="true")
+
+    def test_a_whole_story(self):
+        said, secrets = "", (self.SECRET, self.KEPT, "second-line-secret")
+        for code, *line in [(0, "start", "good.zip"), (1, "start", "fails.zip"), (1, "start", "broken.zip"),
+                            (None, "start", "bad-template.zip"), (0, "connect", "main", "good"),
+                            (0, "status"), (0, "status", "--json"), (0, "start", "a.zip"),
+                            (0, "connect", "main", "a"), (1, "stop", "good"), (0, "show-log"),
+                            (0, "fetch-context")]:
+            if line[:2] == ["stop", "good"]:
+                os.unlink(self.path("deploys/good/pid"))
+            ran = self.run_c2(*line, code=code)
+            said += "".join(t for t in ran.err.splitlines(True) if t.startswith("c2: "))
+            journal = self.fork_c2("start", "good.zip", "killed", strike=Strike("kill", 30, self.path("hit")))
+            self.await_c2(journal, None)
+            for path in glob.glob(self.path("deploys", "frontend-proxy", "*.json")) + [self.path("log.json")]:
+                for secret in secrets:
+                    self.assertNotIn(secret, self.read(path), (path, line))
+        for secret in secrets:
+            self.assertNotIn(secret, said)
+            self.assertNotIn(secret, self.read("seen"))
+        self.assertIn("***", self.read("log.json"))
+        self.assertIn(self.SECRET, self.read("deploys/good/s.env"))
+        self.check_modes(secrets)
+
+    def check_modes(self, secrets):
+        """Nothing that others may read holds a secret, but what a release has expanded it into."""
+        found = set()
+        for directory, _, files in os.walk(self.dir):
+            for path in (os.path.join(directory, name) for name in files):
+                with open(path, "rb") as f:
+                    if any(secret.encode() in f.read() for secret in secrets):
+                        found.add(os.path.relpath(path, self.dir))
+                        owner = os.stat(path).st_mode & 0o077
+                        self.assertFalse(owner, path)
+        expected = {"source.json", "cache/source.json", "deploys/good/s.env"}
+        self.assertLessEqual(expected, found)
+        ours = re.compile("deploys/(frontend-proxy/output/|killed/)|said")
+        rest = {f for f in found - expected if not ours.match(f)}
+        self.assertEqual(rest, set())
+        self.assertEqual(os.stat(self.path("cache")).st_mode & 0o777, 0o700)
 
 
 if __name__ == "__main__":
