@@ -2372,7 +2372,7 @@ def load_json(path: str, what: str) -> Any:
 def load_context(host: Host) -> dict:
     """The template context from the cache."""
     context = {}
-    for name, source in host.config.config_sources.items():
+    for name in host.config.config_sources:
         path = cache_path(host.config, name)
         if not os.path.exists(path):
             raise C2Error(f"the config source {name} has not been fetched yet; run c2 fetch-context")
@@ -2383,8 +2383,8 @@ def load_context(host: Host) -> dict:
 def learn_secrets(host: Host, inner: List[str]) -> None:
     """Mask, in the log from here on, the secrets of the cached config sources and of a release's own, the
     files `inner`; those that can't be read have none."""
-    config = host.config
-    found = [(cache_path(config, name), s.name == "awsSecretArn") for name, s in config.config_sources.items()]
+    sources = host.config.config_sources.items()
+    found = [(cache_path(host.config, name), source.name == "awsSecretArn") for name, source in sources]
     for path, secret in found + [(path, False) for path in inner]:
         with contextlib.suppress(C2Error, OSError):
             host.log.add_secrets(secret_values(load_json(path, path), secret))

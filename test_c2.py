@@ -2594,7 +2594,7 @@ class Faulty(Sandbox):
     def in_fork(self, args, strike, said):
         code = 99
         try:
-            fd = os.open(said, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+            fd = os.open(said, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
             for n in (1, 2):
                 os.dup2(fd, n)
             sys.stdout, sys.stderr = (open(n, "w", encoding="utf-8", closefd=False) for n in (1, 2))
