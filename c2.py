@@ -3507,7 +3507,7 @@ def require_proxy(config: Config, what: str) -> ProxyMode:
 
 
 def cmd_start(host: Host, args: Any) -> None:
-    start_release(host, args.release, args.deploy or stem(args.release), args.lock_wait)
+    start_release(host, args.release, stem(args.release) if args.deploy is None else args.deploy, args.lock_wait)
 
 
 def start_release(host: Host, release: str, name: str, wait: float) -> None:

@@ -3230,6 +3230,167 @@ class Secrets(Faulty):
         self.assertEqual(os.stat(self.path("cache")).st_mode & 0o777, 0o700)
 
 
+class OriginalFaults(Faulty):
+    """What the program before c2 got wrong, by name."""
+
+    def https(self, certificate):
+        """A configuration with one https endpoint."""
+        main = {"serverNames": ["main.test"], "etype": {"httpsWithRedirect": certificate}}
+        self.configure(deployMode={"proxy": {"endPoints": {"main": main}}})
+        return c2.load_config(self.env["CAMUS2_CONFIG"])
+
+    def test_a_disconnect_and_a_stop_seen_at_once_leave_no_dead_port(self):
+        a, b = c2.Deploy("a", "a.zip", 8000), c2.Deploy("b", "b.zip", 8001)
+        old = c2.State({"a": a, "b": b}, {"main": "a"})
+        for new, switch in ((c2.State({"b": b}), c2.Disconnect("main")),
+                            (c2.State({"b": b}, {"main": "b"}), c2.Connect("main", "b"))):
+            self.assertEqual(c2.plan(["main"], old, new), [switch, c2.Destroy(a)])
+            self.assertNotIn(8000, [c2.port_of(c2.next_state(switch, old), "main")])
+
+    def test_a_port_is_not_used_again_at_once(self):
+        ports = []
+        for name in ("a", "b", "a"):
+            self.run_c2("start", name + ".zip")
+            ports.append(self.state()["deploys"][name]["port"])
+            self.run_c2("stop", name)
+        self.assertEqual(ports, [ports[0], ports[0] + 1, ports[0] + 2])
+
+    def test_two_at_once_lose_no_update(self):
+        for fork in [self.fork_c2("start", "a.zip", "n%d" % n) for n in range(4)]:
+            self.await_c2(fork)
+        self.assertEqual(sorted(self.state()["deploys"]), ["n0", "n1", "n2", "n3"])
+        self.check()
+
+    def test_a_failing_stop_command_makes_no_deploy_unremovable(self):
+        self.release("stays.zip", startCommand="true", stopCommand="exit 3")
+        self.run_c2("start", "stays.zip")
+        self.assertIn("c2 stop --force stays", self.run_c2("stop", "stays", code=1).err)
+        self.assertEqual(self.abstract()[0], {"stays": "stays.zip"})
+        self.run_c2("stop", "--force", "stays")
+        self.check()
+
+    def test_a_label_is_no_path(self):
+        before = sorted(os.listdir(self.dir))
+        for name in ("../x", "/tmp/c2-x", "a/b", "..", ".", "", "current", "frontend-proxy", "a b", "a\n"):
+            self.run_c2("start", "a.zip", name, code=2)
+            self.run_c2("stop", "--force", name, code=3)
+        self.assertEqual([n for n in sorted(os.listdir(self.dir)) if n[:4] != "said" and n != "log.json"],
+                         before)
+        self.assertEqual(set(os.listdir(self.path("deploys"))) - {"frontend-proxy"}, set())
+
+    def test_the_health_check_goes_to_an_endpoint_that_is_connected(self):
+        self.run_c2("start", "a.zip")
+        self.run_c2("connect", "other", "a")        # main, the first by name, is not
+        live = self.path("deploys/frontend-proxy/live")
+        self.assertEqual(os.readlink(live + "/.health-check"), os.readlink(live + "/other"))
+        self.assertIn("ports/%d" % (self.ports + 1), os.readlink(live + "/.health-check"))
+
+    @needs(shutil.which("openssl"), "the openssl program")
+    def test_explicit_certificates_are_mounted_and_their_key_is_private(self):
+        certificate, key = make_certificate(self.dir, "given", ["main.test"])
+        config = self.https({"explicit": {"sslCertificate": certificate, "sslCertificateKey": key}})
+        os.chmod(key, 0o644)
+        c2.lay_out_proxy(config, c2.State())
+        pair = c2.install_certificates(c2.Host(config, mock.MagicMock()))["main"]
+        volumes = json.loads(c2.compose_file(config))["services"]["nginx"]["volumes"]
+        mounted = {v["target"]: v["source"] for v in volumes}
+        for path, source in zip(pair, (certificate, key)):
+            inside = os.path.join(config.proxy_path(), mounted[os.path.dirname(path)], os.path.basename(path))
+            self.assertEqual(c2.read_file(inside), c2.read_file(source))
+            self.assertEqual(os.stat(inside).st_mode & 0o077, 0)
+
+    def test_https_without_a_certificate_answers_the_challenge(self):
+        config = self.https("generated")
+        conf = c2.render_nginx(config, c2.nginx_context(config, c2.State(), {}))
+        self.assertIn("acme-challenge", conf)
+        self.assertNotRegex(conf, r"ssl_certificate|listen \d+ ssl")
+
+    def test_nginx_is_asked_whether_it_took_the_configuration(self):
+        self.run_c2("start", "a.zip")
+        self.run_c2("connect", "main", "a")
+        before = self.read("deploys/frontend-proxy/conf/nginx.conf")
+        self.write("path/docker", FAKE_DOCKER.replace("kill)", "kill) exit 0 ;;\nnothing)"), 0o755)
+        self.set_up_host("changed.test")
+        ran = self.run_c2("restart-frontend-proxy", code=1)
+        self.assertIn("nginx has not taken its new configuration", ran.err)
+        self.assertEqual(self.read("deploys/frontend-proxy/conf/nginx.conf"), before)
+        self.assertEqual(self.served(), {"main": "a.zip"})
+
+    def test_the_apps_are_asked_on_127_0_0_1_only(self):
+        config = c2.load_config(self.env["CAMUS2_CONFIG"])
+        conf = c2.render_nginx(config, c2.nginx_context(config, c2.State(), {}))
+        self.assertNotRegex(conf, r"proxy_pass http://localhost|server localhost|\[::1\]:")
+        self.assertIn("{ server 127.0.0.1:%d;" % (self.ports + 1), conf)
+
+    def test_the_log_of_the_proxy_is_bounded(self):
+        service = json.loads(c2.compose_file(c2.load_config(self.env["CAMUS2_CONFIG"])))["services"]["nginx"]
+        self.assertEqual(service["logging"]["options"], {"max-size": "10m", "max-file": "3"})
+
+
+@needs_bed
+class KillsOnDocker(Proxy):
+    """kill -9 at any moment of a blue/green story beside a real proxy, while requests run."""
+
+    def kill(self, *line):
+        """Run c2 and kill it at a random moment of the time it took last; then run it to its end."""
+        took = self.took.get(line[0], 1)
+        begun, process = time.monotonic(), self.start_c2(*line)
+        try:
+            process.wait(self.random.uniform(.03, took))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            self.kills += 1
+        process.communicate()
+        ran = self.c2(*line, code=None)
+        self.took[line[0]] = min(time.monotonic() - begun, 4)
+        self.assertIn(ran.code, (0, 3) if line[0] == "stop" else (0,), (line, ran))
+        return ran
+
+    def load(self):
+        """Requests, one after the other, until there is nothing more to do."""
+        while not self.over:
+            try:
+                status = self.status_of("main.test")
+            except (OSError, http.client.HTTPException) as e:
+                status = repr(e)
+            self.answers[status] = self.answers.get(status, 0) + 1
+
+    def test_an_endpoint_stays_served(self):
+        self.random, self.kills, self.took, self.over, self.answers = random.Random(SEED), 0, {}, False, {}
+        self.proxy_config({"drainTimeoutSecs": 5})
+        for name in ("a.zip", "b.zip"):
+            self.app(name)
+        self.c2("start", "a.zip")
+        for _ in "123":
+            self.kill("connect", "main", "a")
+            self.assertEqual(200, self.status_of("main.test"))
+            self.kill("disconnect", "main")
+            self.assertEqual(503, self.status_of("main.test"))
+            self.c2("shutdown-frontend-proxy")
+        self.c2("connect", "main", "a")
+        thread = threading.Thread(target=self.load)
+        thread.start()
+        try:
+            end, old, new, n = time.monotonic() + 45, "a", "b", 0
+            while time.monotonic() < end:
+                n += 1
+                self.kill("start", new + ".zip")
+                self.kill("connect", "main", new)
+                self.kill("stop", old)
+                self.proxy_config({"drainTimeoutSecs": 5, "endPoints": {
+                    "main": self.end_point("main.test", "n%d.test" % n)}})
+                self.kill("restart-frontend-proxy")
+                self.assertEqual(list(self.state()["deploys"]), [new])
+                old, new = new, old
+        finally:
+            self.over = True
+            thread.join()
+        print("KillsOnDocker: %d kills, answers %s" % (self.kills, self.answers), file=sys.stderr)
+        self.assertEqual(set(self.answers), {200})
+        self.c2("disconnect", "main")
+        self.c2("stop", old)
+
+
 if __name__ == "__main__":
     print("C2_SEED=%s" % SEED, file=sys.stderr)
     if not IN_BED:
