@@ -3507,7 +3507,8 @@ def require_proxy(config: Config, what: str) -> ProxyMode:
 
 
 def cmd_start(host: Host, args: Any) -> None:
-    start_release(host, args.release, stem(args.release) if args.deploy is None else args.deploy, args.lock_wait)
+    name = stem(args.release) if args.deploy is None else args.deploy
+    start_release(host, args.release, name, args.lock_wait)
 
 
 def start_release(host: Host, release: str, name: str, wait: float) -> None:

@@ -3005,12 +3005,13 @@ class Surroundings(Faulty):
         os.unlink(self.path("deploys/full"))
         self.run_c2("stop", "nosuch", code=3)
         self.check()
-        subprocess.check_call(["mount", "-o", "remount,ro", self.path("deploys")])
+        subprocess.check_call(["mount", "--bind", deploys, deploys])
+        subprocess.check_call(["mount", "-o", "remount,bind,ro", deploys])
         for line in (("start", "a.zip"), ("connect", "other", "b"), ("disconnect", "main"), ("stop", "b")):
             self.assertIn("Read-only file system", self.run_c2(*line, code=1).err)
             self.assertEqual(self.served()["main"], "b.zip")
         self.run_c2("status")
-        subprocess.check_call(["mount", "-o", "remount,rw", self.path("deploys")])
+        subprocess.check_call(["umount", deploys])
         self.run_c2("stop", "nosuch", code=3)
         self.check()
 
