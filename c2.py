@@ -31,10 +31,7 @@ RELOAD_TIMEOUT_SECS = 10
 ASK_TIMEOUT_SECS = 3
 DOCKER_TIMEOUT_SECS = 600    # `docker compose up` may have to pull an image
 HTTP_TIMEOUT_SECS = 30
-# An upload that nginx still buffers has no connection to the old deploy yet. Where a switch was less than a
-# minute ago, `stop` therefore wants this long a time without any (measured behind docker's port proxy: 0 of
-# 2,449 lost).
-LINGER_SECS, RECENT_SECS = 3, 60
+DRAINED_SECS = 0.2           # without a connection; a busy nginx has read the link, but not connected yet
 OUTPUT_LINES = 20            # of a failed command, kept in the log and the message
 UPSTREAMS_MAX = 2000         # a wider port range goes without kept connections to the apps
 RENEWAL_DAYS = 21            # certbot renews 30 days before the end; with fewer left something is wrong
@@ -1198,9 +1195,10 @@ def rollback_target(state: State, end_point: str) -> Deploy:
 
 # How the built-in configuration switches without a reload: the root of an endpoint's server is a symbolic
 # link, which nginx resolves at each request; `map $realpath_root` gives the port. `root` stands at server
-# level, since an earlier use of the variable would cache "". The link is asked again (c2_again) where the
-# connection to an app could not be made, for a request that was still being read when its deploy was stopped;
-# what has been sent is never repeated.
+# level, since an earlier use of the variable would cache "". `mirror` reads the request's body before the
+# link is asked for $c2_port: an upload that began before a switch goes to the new deploy, not to one that was
+# stopped meanwhile. Where the connection to an app could not be made, the link is asked again; what has been
+# sent is never repeated.
 NGINX_TEMPLATE = (r"""user nginx;
 worker_processes auto;
 worker_rlimit_nofile 65536;
@@ -1224,7 +1222,11 @@ http {
 
   # live/ENDPOINT is a link to ports/PORT, or to ports/none.
   map $realpath_root $c2_port  { default ""; "~^/etc/nginx/c2/ports/(?<c2_p>[1-9][0-9]{0,4})$" $c2_p; }
-  map $realpath_root $c2_again { default ""; "~^/etc/nginx/c2/ports/(?<c2_q>[1-9][0-9]{0,4})$" $c2_q; }
+  map $realpath_root $c2_now {
+    volatile;
+    default "";
+    "~^/etc/nginx/c2/ports/(?<c2_q>[1-9][0-9]{0,4})$" $c2_q;
+  }
   map $http_upgrade $c2_connection { default upgrade; "" ""; }
   map $http_host $c2_host { default $http_host; "" localhost; }
   map $http_x_forwarded_proto $c2_proto { default $http_x_forwarded_proto; "" $scheme; }
@@ -1305,14 +1307,19 @@ http {
 """.replace("    # the app\n", r"""    root /etc/nginx/c2/live/{{label}};
     # where it points
     location / {
-      if ($c2_port = "") { return 503; }
+      if ($c2_now = "") { return 503; }
+      mirror /.c2/body;
       error_page 502 = @c2_again;
       proxy_pass http://{{c2.upstream}}$c2_port;
     }
+    location = /.c2/body {
+      internal;
+      return 204;
+    }
     location @c2_again {
+      if ($c2_now = "") { return 503; }
       if ($upstream_connect_time !~ "-$") { return 502; }
-      if ($c2_again = "") { return 503; }
-      proxy_pass http://{{c2.upstream}}$c2_again;
+      proxy_pass http://{{c2.upstream}}$c2_now;
     }
 """).replace("    # where it points\n", r"""    location = /.c2/port {
       if ($remote_addr !~ "^(127\.|::1$)") { return 404; }
@@ -2648,37 +2655,46 @@ def await_ready(mode: ProxyMode, port: int) -> bool:
 def connections_to(port: int) -> int:
     """How many TCP connections from this machine to this port are open or being opened (proc(5),
     tcp_states.h)."""
-    suffix, count = f":{port:04X}", 0
+    count, remote_port_and_state = 0, re.compile(b":%04X 0[12] " % port)
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with contextlib.suppress(OSError):
-            with open(table, encoding="ascii") as f:
-                for line in f:
-                    fields = line.split(None, 4)
-                    count += fields[2].endswith(suffix) and fields[3] in ("01", "02")
+            with open(table, "rb") as f:
+                count += len(remote_port_and_state.findall(f.read()))
     return count
 
 
 def drain(host: Host, deploy: Deploy) -> None:
-    """Wait, at most drainTimeoutSecs, until nothing is connected to the deploy's port any more."""
-    config, began = host.config, time.monotonic()
-    deadline = began + config.proxy.drain_timeout_secs
-    live = config.proxy_path("live")
-    recent = os.path.isdir(live) and abs(time.time() - os.stat(live).st_mtime) < RECENT_SECS
-    hold, since, told = LINGER_SECS if recent else 0.1, None, False
-    while time.monotonic() < deadline:
-        count = connections_to(deploy.port)
-        since = None if count else since or time.monotonic()
-        if since and time.monotonic() - since >= hold:
+    """Wait, at most drainTimeoutSecs, until no request can be on its way to the deploy any more."""
+    bound, began = host.config.proxy.drain_timeout_secs, time.monotonic()
+    since, told = None, False
+    while True:
+        asked = time.monotonic()
+        busy = in_flight(host, deploy.port)
+        now = time.monotonic()
+        since = None if busy else since or now
+        if since and asked - since >= DRAINED_SECS:
             return
-        if count and not told and time.monotonic() - began > 1:
+        if now - began >= bound:
+            break
+        if busy and not told and now - began > 1:
             told = True
-            say(f"{deploy.label}: waiting for {count} connections to port {deploy.port} to end, at most "
-                f"{config.proxy.drain_timeout_secs:g} s (drainTimeoutSecs)")
-        time.sleep(0.05)
-    if connections_to(deploy.port):
-        host.log.warn("drain", f"{deploy.label}: {connections_to(deploy.port)} connections are still open "
-                      f"after {config.proxy.drain_timeout_secs:g} s (drainTimeoutSecs); they are cut",
-                      deploy=deploy.label)
+            say(f"{deploy.label}: waiting for {busy}, at most {bound:g} s (drainTimeoutSecs)")
+        time.sleep(max(0.05, now - asked))      # the tables of a busy machine take 0.1 s to read
+    if busy:
+        host.log.warn("drain", f"{deploy.label}: there is still {busy} after {bound:g} s (drainTimeoutSecs); "
+                      "what is in flight is cut", deploy=deploy.label)
+
+
+def in_flight(host: Host, port: int) -> str:
+    """What may still send requests to a deploy's port, in words; "" for nothing."""
+    count = connections_to(port)
+    if count:
+        return f"{count} connection{'s' if count > 1 else ''} to port {port}"
+    if host.config.proxy.nginx_conf_template_path:      # which may name the port itself, until it is reloaded
+        with contextlib.suppress(C2Error):
+            if any(proxy_workers(host).values()):
+                return "an nginx worker of before the last reload"
+    return ""
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2754,27 +2770,34 @@ def proxy_workers(host: Host) -> Dict[str, bool]:
 
 
 def reload_proxy(host: Host) -> None:
-    """Make nginx read its configuration; C2Error when it has not taken it.
-
-    The exit codes of `docker kill` and `nginx -s reload` say nothing of that. It has when there is a worker
-    that was not there before, and every other one is shutting down.
-    """
+    """Make nginx read its configuration; C2Error when it has not taken it."""
     before = set(proxy_workers(host))
     run(["docker", "kill", "-s", "HUP", host.config.proxy.container_name])
+    await_workers(host, before, "nginx has not taken its new configuration")
+
+
+def await_workers(host: Host, before: set, problem: str) -> None:
+    """Wait until workers serve that are not of `before`, and they alone; C2Error with `problem` and nginx's
+    words.
+
+    The exit codes of `docker compose up`, `docker kill` and `nginx -s reload` say nothing of that: nginx may
+    have kept its old configuration, still try to get a port, or begin and die again and again.
+    """
     deadline = time.monotonic() + RELOAD_TIMEOUT_SECS
     while time.monotonic() < deadline:
-        active = {pid for pid, leaving in proxy_workers(host).items() if not leaving}
-        if active and not active & before:
-            return
+        with contextlib.suppress(CommandFailed):
+            active = {pid for pid, leaving in proxy_workers(host).items() if not leaving}
+            if active and not active & before:
+                return
         time.sleep(0.05)
-    raise C2Error(f"nginx has not taken its new configuration: {proxy_words(host)}")
+    raise C2Error(f"{problem}: {proxy_words(host)}")
 
 
 def proxy_words(host: Host) -> str:
     """The last complaints of nginx."""
     name = host.config.proxy.container_name
     try:
-        said = run(["docker", "logs", "--tail", "50", name], merge=True)
+        said = run(["docker", "logs", "--since", "20s", name], merge=True)
     except C2Error as e:
         return str(e)
     words = [line for line in said.splitlines() if re.search(r"\[(emerg|alert|crit)\]", line)]
@@ -2906,7 +2929,7 @@ def route(host: Host, state: State, start: bool = True, check: Callable[[], None
         elif not runs and (start or rebuild):
             bring_up(host, former, bool(container.directory), undo)
         if start or container.running:
-            verify(host, state, conf, fresh=not runs)
+            verify(host, state, conf)
             check()
     with contextlib.suppress(FileNotFoundError):
         os.unlink(candidate)
@@ -2923,6 +2946,7 @@ def bring_up(host: Host, former: Host, there: bool, undo: list) -> None:
     if former is not host or not there:
         undo.append(lambda: compose(host, "down"))
     compose(host, "up", "-d", "nginx")
+    await_workers(host, set(), "the proxy does not run")
 
 
 def require_free_ports(config: Config, https: bool) -> None:
@@ -2951,14 +2975,9 @@ def undo_on_failure() -> Any:
         raise
 
 
-def verify(host: Host, state: State, conf: str, fresh: bool) -> None:
-    """Ask the engine whether the proxy runs, and nginx which port each endpoint has; C2Error when it is
-    wrong."""
+def verify(host: Host, state: State, conf: str) -> None:
+    """Ask nginx which port each endpoint has; C2Error when it is wrong, or nginx does not run any more."""
     config, deadline = host.config, time.monotonic() + ASK_TIMEOUT_SECS
-    if fresh:
-        time.sleep(0.2)      # a configuration that fails takes nginx down within some 100 ms of its start
-    if not inspect_proxy(host).running:
-        raise C2Error(f"the proxy does not run: {proxy_words(host)}")
     if "/.c2/port" not in conf:
         return      # an own template: the reload has been verified by the workers
     for name, end_point in sorted(config.end_points.items()):
@@ -2973,7 +2992,7 @@ def verify(host: Host, state: State, conf: str, fresh: bool) -> None:
                     raise C2Error(f"nginx has {answer[1]} for {name}, not {want or 'none'}; it looks at "
                                   "another directory; c2 shutdown-frontend-proxy, then c2 connect again")
                 if not inspect_proxy(host).running:
-                    raise C2Error(f"the proxy does not stay up: {proxy_words(host)}")
+                    raise C2Error(f"the proxy does not run: {proxy_words(host)}")
                 host.log.warn("verify", f"nginx does not say on port {config.proxy.http_port} where {name} "
                               "points; c2 can't tell whether the switch has happened", endpoint=name)
                 break
