@@ -1,5 +1,5 @@
 PYTHON ?= python3
-.PHONY: help test lint bed test-bed demo demo-proxy bench clean
+.PHONY: help test lint bed test-bed demo demo-proxy bench bench-switch clean
 
 help:        ## list these targets
 	@sed -nE 's/^([a-z-]+): .*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -25,6 +25,9 @@ demo-proxy:  ## switch an endpoint between two releases under load
 
 bench:       ## measure c2 against the bare tools, as ratios
 	$(PYTHON) .ci/bench.py
+
+bench-switch: ## what switches under load lose, beside the same by hand (Docker; 25 minutes)
+	$(PYTHON) examples/zero-downtime/bench-switch.py $(ARGS)
 
 clean:       ## remove what was made here
 	rm -rf .ci/cache __pycache__ examples/__pycache__ .ci/__pycache__

@@ -300,7 +300,7 @@ inside() {
   export DOCKER_HOST=unix://$SLOT/engine/sock DOCKER_CONFIG=$SLOT/docker C2_TEST_ROOT=$SLOT/pebble-root.pem
   export AWS_ENDPOINT_URL=http://127.0.0.1:5002 AWS_EC2_METADATA_SERVICE_ENDPOINT=http://127.0.0.1:1338
   export AWS_ACCESS_KEY_ID=x AWS_SECRET_ACCESS_KEY=x AWS_DEFAULT_REGION=us-east-1 AWS_MAX_ATTEMPTS=2 AWS_PAGER=
-  export HOME=$SLOT/home
+  export HOME=$SLOT/home NGINX_IMAGE=c2-test/nginx NGINX_VERSION=local APP_IMAGE=c2-test/app:local # of the examples
   step engine
   step images
   step acme
