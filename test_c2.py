@@ -3392,6 +3392,264 @@ class KillsOnDocker(Proxy):
         self.c2("stop", old)
 
 
+ZERO_DOWNTIME = os.path.join(HERE, "examples", "zero-downtime")
+
+
+class SwitchCase(Proxy):
+    """The example's app, on the host or behind a port that docker publishes, and connections to hold open."""
+
+    def web(self, *labels, **options):
+        """Start deploys of the app; `published` puts it into a container."""
+        with open(os.path.join(ZERO_DOWNTIME, "app.py")) as f:
+            files = {"app.py": f.read()}
+        start = sys.executable + " app.py $C2_PORT $C2_DEPLOY >/dev/null 2>&1 & echo $! > pid"
+        keys = {"startCommand": start, "stopCommand": "kill $(cat pid)"}
+        if options.get("published"):
+            files["docker-compose.yml"] = json.dumps({"services": {"app": {
+                "image": "c2-test/app:local", "command": ["python3", "/app.py", "8000", "${C2_DEPLOY}"],
+                "ports": ["127.0.0.1:${C2_PORT}:8000"], "volumes": ["./app.py:/app.py:ro"]}}})
+            keys = {"startCommand": "docker compose up -d", "stopCommand": "docker compose down -t 2"}
+        for label in labels:
+            self.release(label + ".zip", files, **keys)
+            self.c2("start", label + ".zip")
+
+    def begin(self, text, host="main.test", port=80):
+        """A connection on which the first part of a request has been sent."""
+        s = socket.create_connection(("127.0.0.1", port), 30)
+        self.addCleanup(s.close)
+        s.sendall(text.replace("\n", "\r\n", 1).replace("\r\n", "\r\nHost: %s\r\n" % host, 1).encode())
+        return s
+
+    def get(self, path, *headers):
+        return self.begin("GET %s HTTP/1.1\n" % path + "".join("%s\r\n" % h for h in headers) + "\r\n")
+
+    def upload(self, s=None):
+        """The first half of an upload; given that, send the rest."""
+        if s:
+            return s.sendall(b"x" * 500)
+        s = self.begin("POST /upload HTTP/1.1\nContent-Length: 1000\r\n\r\n")
+        s.sendall(b"x" * 500)
+        return s
+
+    def answer(self, s):
+        """What the app said on a connection: its label, or the status when that is not 200."""
+        answer = http.client.HTTPResponse(s)
+        answer.begin()
+        return answer.read().decode().split()[0] if answer.status == 200 else answer.status
+
+    def websocket(self):
+        s = self.get("/ws", "Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Key: x")
+        wait_for(lambda: b"101" in s.recv(1000), what="the websocket")
+        return s
+
+    def echoes(self, s):
+        s.sendall(b"\x82\x81\0\0\0\0a")
+        return s.recv(3) == b"\x82\x01a"
+
+    def serving(self, path="/", port=80):
+        return self.answer(self.begin("GET %s HTTP/1.1\n\r\n" % path, port=port))
+
+    def workers(self):
+        """nginx's worker processes that are not shutting down."""
+        lines = self.docker("top", "frontendproxy", "-eo", "pid,args").splitlines()
+        return {line.split()[0] for line in lines if "worker process" in line and "shutting" not in line}
+
+    def load(self):
+        """Mixed traffic in the background; `finish_load` ends it and gives what became of it."""
+        process = subprocess.Popen([sys.executable, os.path.join(ZERO_DOWNTIME, "load.py"), "80", "--host",
+                                    "main.test", "--rate", "300", "--slow", "0.3"], stdout=subprocess.PIPE)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        return process
+
+    def finish_load(self, process):
+        process.send_signal(signal.SIGTERM)
+        return json.loads(process.communicate(timeout=60)[0].decode())
+
+
+@needs_bed
+class SwitchOnDocker(SwitchCase):
+    def setUp(self):
+        super().setUp()
+        self.proxy_config()
+
+    def test_nothing_is_lost_under_load(self):
+        """Mixed traffic, five switches between the host and docker-published ports, each stop at once."""
+        self.web("a-0")
+        self.c2("connect", "main", "a-0")
+        process = self.load()
+        for n in range(1, 6):
+            self.web("a-%d" % n, published=n % 2)
+            self.c2("connect", "main", "a-%d" % n)
+            self.c2("stop", "a-%d" % (n - 1))
+        seen = self.finish_load(process)
+        self.assertEqual({}, seen["failures"], seen["examples"])
+        self.assertGreater(seen["requests"], 1500)
+        self.assertEqual(7, len(seen["kinds"]))
+        self.assertEqual(6, seen["deploys"])
+
+    def test_no_worker_is_touched(self):
+        self.web("a-1", "a-2")
+        self.c2("connect", "main", "a-1")
+        workers, kept = self.workers(), http.client.HTTPConnection("127.0.0.1", 80, timeout=10)
+        self.addCleanup(kept.close)
+        for args, now in ((("connect", "main", "a-2"), "a-2"), (("connect", "test", "a-1"), "a-2"),
+                          (("rollback", "main"), "a-1"), (("disconnect", "main"), None),
+                          (("connect", "main", "a-2"), "a-2")):
+            self.c2(*args)
+            kept.request("GET", "/", headers={"Host": "main.test"})
+            connection, answer = kept.sock, kept.getresponse()
+            self.assertEqual((now and "%s GET 0\n" % now, 200 if now else 503),
+                             (answer.read().decode() if now else answer.read() and None, answer.status))
+            self.assertIs(connection, kept.sock)        # http.client has not opened another
+        self.assertEqual(workers, self.workers())
+        self.assertNotIn("reload", [entry["event"] for entry in self.log()])
+
+    def test_an_upload_goes_where_the_endpoint_points_when_it_is_complete(self):
+        self.web("a-1", "a-2")
+        self.c2("connect", "main", "a-1")
+        uploads = [self.upload() for _ in range(3)]
+        time.sleep(0.2)     # nothing tells from outside that nginx has read the first half
+        self.c2("connect", "main", "a-2")
+        self.upload(uploads[0])
+        self.assertEqual("a-2", self.answer(uploads[0]))
+        self.c2("stop", "a-1")
+        self.upload(uploads[1])
+        self.assertEqual("a-2", self.answer(uploads[1]))
+        self.c2("disconnect", "main")
+        self.upload(uploads[2])
+        self.assertEqual(503, self.answer(uploads[2]))
+
+    def test_stop_waits_for_slow_answers_and_websockets(self):
+        self.web("a-1", "a-2")
+        self.c2("connect", "main", "a-1")
+        slow, streamed, websocket = self.get("/slow/3"), self.get("/stream/3"), self.websocket()
+        self.c2("connect", "main", "a-2")
+        self.assertEqual("a-2", self.serving())
+        begun = self.start_c2("stop", "a-1")
+        self.assertEqual("a-1", self.answer(slow))
+        self.assertEqual("a-1", self.answer(streamed))
+        for line in iter(begun.stderr.readline, b""):
+            if b"waiting for" in line:
+                break
+        self.assertRegex(line.decode(), r"a-1: waiting for \d+ connections? to port 8000, at most 30 s")
+        self.assertTrue(self.echoes(websocket))
+        self.assertIsNone(begun.poll())
+        websocket.close()
+        self.assertEqual(0, self.finish(begun).code)
+
+    def test_a_websocket_that_never_ends_is_cut(self):
+        self.proxy_config({"drainTimeoutSecs": 2})
+        self.web("a-1", "a-2")
+        self.c2("connect", "main", "a-1")
+        websocket = self.websocket()
+        self.c2("connect", "main", "a-2")
+        began = time.monotonic()
+        ran = self.c2("stop", "a-1")
+        self.assertGreater(time.monotonic() - began, 2)
+        self.assertLess(time.monotonic() - began, 12)
+        self.assertIn("still 1 connection to port 8000 after 2 s (drainTimeoutSecs)", ran.err)
+        self.assertIn("drain", [entry["event"] for entry in self.log()])
+        self.assertEqual(b"", websocket.recv(1))
+        began = time.monotonic()        # and without anything to wait for
+        self.c2("disconnect", "main")
+        self.assertNotIn("waiting", self.c2("stop", "a-2").err)
+
+
+@needs_bed
+class ReloadOnDocker(SwitchCase):
+    def reloads(self):
+        return [entry["event"] for entry in self.log()].count("reload")
+
+    def test_new_endpoints_are_taken_by_new_workers(self):
+        self.proxy_config()
+        self.web("a-1")
+        self.c2("connect", "main", "a-1")
+        workers, websocket = self.workers(), self.websocket()
+        self.proxy_config({"endPoints": {name: self.end_point(name + ".test") for name in ("main", "new")}})
+        self.assertIn("serves its new configuration", self.c2("connect", "new", "a-1").err)
+        self.assertEqual(200, self.ask("new.test")[0])
+        self.assertFalse(workers & self.workers())
+        self.assertTrue(self.echoes(websocket))         # an old worker keeps it
+        workers = self.workers()
+        self.c2("restart-frontend-proxy")
+        self.assertEqual((1, workers), (self.reloads(), self.workers()))
+
+    def test_a_port_that_another_process_holds(self):
+        """`nginx -t` and the signal say nothing of it; the old configuration goes on, and nginx's words are
+        told."""
+        self.proxy_config()
+        self.web("a-1")
+        self.c2("connect", "main", "a-1")
+        conf = self.read("deploys", "frontend-proxy", "conf", "nginx.conf")
+        with socket.socket() as other:
+            other.bind(("0.0.0.0", 81))
+            other.listen(1)
+            self.proxy_config({"httpPort": 81})
+            ran = self.c2("restart-frontend-proxy", code=1)
+            self.assertRegex(ran.err, r"not taken its new configuration: .*bind\(\) to 0.0.0.0:81 failed")
+            self.assertEqual(conf, self.read("deploys", "frontend-proxy", "conf", "nginx.conf"))
+            self.assertEqual("a-1", self.serving())
+        self.c2("restart-frontend-proxy")
+        self.assertEqual("a-1", self.serving(port=81))
+        self.assertFalse(c2.listening(80))
+
+    def test_the_container_must_really_run(self):
+        """A configuration that passes `nginx -t` and can't be served: up -d gives 0, again and again."""
+        template = self.TEMPLATE.replace("listen 80;", "listen 80; listen 127.0.0.1:82;")
+        self.write("etc/nginx.conf.tpl", template)
+        self.proxy_config({"nginxConfTemplatePath": "nginx.conf.tpl"})
+        self.web("a-1")
+        state = self.state()
+        with socket.socket() as other:
+            other.bind(("127.0.0.1", 82))
+            other.listen(1)
+            ran = self.c2("connect", "main", "a-1", code=1)
+            self.assertRegex(ran.err, r"(?s)the proxy does not run: .*bind\(\) to 127.0.0.1:82 failed")
+            self.assertEqual(state, self.state())
+            self.assertNotIn("frontendproxy", self.docker("ps", "-a"))
+        self.c2("connect", "main", "a-1")
+        self.assertEqual("a-1", self.serving())
+
+    TEMPLATE = ProxyOnDocker.TEMPLATE.replace("http {\n", """http {
+  proxy_http_version 1.1;
+  proxy_set_header Upgrade $http_upgrade;
+  proxy_set_header Connection $http_connection;
+""")
+
+    def test_a_template_that_names_the_ports(self):
+        """c2 returns when only the new configuration serves; stop waits for the workers of the old one."""
+        self.write("etc/nginx.conf.tpl", self.TEMPLATE)
+        self.proxy_config({"nginxConfTemplatePath": "nginx.conf.tpl", "drainTimeoutSecs": 20})
+        self.web("a-0")
+        self.c2("connect", "main", "a-0")
+        process = self.load()
+        for n in range(1, 4):
+            self.web("a-%d" % n)
+            self.c2("connect", "main", "a-%d" % n)
+            self.assertEqual({"a-%d" % n}, {self.serving() for _ in range(20)})
+            self.c2("stop", "a-%d" % (n - 1))
+        seen = self.finish_load(process)
+        self.assertGreater(seen["requests"], 500)
+        lost = [kind for kind in seen["failures"] if "closed without an answer" not in kind]
+        self.assertEqual(([], 4), (lost, seen["deploys"]), seen)        # a reload closes kept connections
+        self.assertLess(seen["failed"], seen["requests"] / 50)
+
+        upload = self.upload()      # nothing is connected to the app for it yet
+        time.sleep(0.2)
+        self.web("a-4")
+        self.c2("connect", "main", "a-4")
+        begun = self.start_c2("stop", "a-3")
+        for line in iter(begun.stderr.readline, b""):
+            if b"waiting for" in line:
+                break
+        self.assertIn(b"an nginx worker of before the last reload", line)
+        self.upload(upload)
+        self.assertEqual("a-3", self.answer(upload))
+        self.assertEqual(0, self.finish(begun).code)
+
+
+
 if __name__ == "__main__":
     print("C2_SEED=%s" % SEED, file=sys.stderr)
     if not IN_BED:
