@@ -175,7 +175,7 @@ seconds = number(0, 86400, (int, float))
 
 def optional(decoder: Callable) -> Callable:
     def decode(value: Any, at: At) -> Any:
-        if value is None or value == "nothing":
+        if value in (None, "nothing", {"nothing": None}):
             return None
         if isinstance(value, dict) and list(value) == ["just"]:
             return decoder(value["just"], at.key("just"))
@@ -2164,28 +2164,30 @@ def fetch_s3(url: str, to: str) -> None:
 
 def fetch_http(url: str, to: str) -> None:
     """Download over http(s); a short or refused answer is an error."""
-    import shutil
     with open_http(url) as answer, open(to, "wb") as f:
         size = int(answer.headers.get("Content-Length") or 0)
-        if not sys.stderr.isatty():
-            shutil.copyfileobj(answer, f, 1 << 20)
-        else:
-            for chunk in iter(lambda: answer.read(1 << 20), b""):
-                f.write(chunk)
+        told = sys.stderr.isatty()
+        for chunk in iter(lambda: answer.read(1 << 20), b""):
+            f.write(chunk)
+            if told:
                 of = f" of {size >> 20}" if size else ""
                 print(f"\rc2: {f.tell() >> 20}{of} MB", end="", file=sys.stderr, flush=True)
+        if told:
             print(file=sys.stderr)
         if size and f.tell() != size:
             raise C2Error(f"{url}: the connection ended after {f.tell()} of {size} bytes; try again")
 
 
+@contextlib.contextmanager
 def open_http(url: str, method: str = "GET") -> Any:
+    """The answer to a request, to be read; Missing or C2Error when it fails, also while it is read."""
     import http.client
     import urllib.error
     import urllib.request
     request = urllib.request.Request(url, headers={"User-Agent": f"c2/{VERSION}"}, method=method)
     try:
-        return urllib.request.urlopen(request, timeout=HTTP_TIMEOUT_SECS)
+        with urllib.request.urlopen(request, timeout=HTTP_TIMEOUT_SECS) as answer:
+            yield answer
     except urllib.error.HTTPError as e:
         kind = Missing if e.code in (404, 410) else C2Error
         raise kind(f"{url}: the server says {e.code} {e.reason}") from None
@@ -2308,16 +2310,18 @@ def find_config(given: Optional[str]) -> str:
 def load_config(given: Optional[str]) -> Config:
     """Find, fetch, parse and check the configuration; relative paths start from the directory of its file."""
     path = find_config(given)
-    extension = os.path.splitext(path)[1]
+    web = path.startswith(("http://", "https://"))
+    extension = os.path.splitext(path.partition("?")[0] if web else path)[1]
     if extension not in (".json", ".yaml", ".yml"):
         raise ConfigError(f"{path}: a configuration is a .json, .yaml or .yml file")
     base = ""
     try:
         if path.startswith("s3://"):
             source = aws("s3", "cp", path, "-")
-        elif path.startswith(("http://", "https://")):
+        elif web:
             with open_http(path) as answer:
-                source = answer.read().decode("utf-8")
+                content = answer.read()
+            source = content.decode("utf-8")
         else:
             base = os.path.dirname(os.path.abspath(path))
             with open(path, encoding="utf-8") as f:
@@ -2329,7 +2333,7 @@ def load_config(given: Optional[str]) -> Config:
     except Missing as e:
         raise ConfigError(f"the configuration {path} is not there: {e}") from None
     try:
-        value = parse_json(source, "line") if extension == ".json" else parse_yaml(source)
+        value = parse_json(source, "the document") if extension == ".json" else parse_yaml(source)
         return decode_config(value, base, lambda message: say(f"warning: {path}: {message}"))
     except ConfigError as e:
         raise ConfigError(f"{path}: {e}") from None
@@ -2343,9 +2347,10 @@ def fetch_context(host: Host, retry: bool = False) -> None:
     """Download every config source into the context cache; retry: wait until those that are missing exist."""
     config = host.config
     if config.config_sources:
-        make_dir(config.context_cache, 0o700)
+        make_dir(config.context_cache)
+        os.chmod(config.context_cache, 0o700)
     for name, source in sorted(config.config_sources.items()):
-        to = cache_path(config, name)
+        to, waits = cache_path(config, name), False
         new = temp_name(to)
         while True:
             try:
@@ -2355,7 +2360,9 @@ def fetch_context(host: Host, retry: bool = False) -> None:
                 if not retry:
                     raise C2Error(f"the config source {name} is not there ({e}); c2 fetch-context --retry "
                                   "waits for it") from None
-                host.log.info("wait", f"waiting for the config source {name} ({source.value})")
+                if not waits:
+                    host.log.info("wait", f"waiting for the config source {name} ({source.value})")
+                waits = True
                 time.sleep(10)
         try:
             load_json(new, f"the config source {name} ({source.value})")
@@ -2431,6 +2438,8 @@ def archive_members(infos: list, what: str) -> List[Member]:
             raise C2Error(f"{what}: {name} is a device or the like, which a release can't hold")
         if info.flag_bits & 1:
             raise C2Error(f"{what}: {name} is encrypted; pack the release without a password")
+        if info.compress_type not in (0, 8, 12):    # stored, deflated, bzip2
+            raise C2Error(f"{what}: {name} is compressed by method {info.compress_type}; pack it with zip")
         if name in seen or kinds.get(name, kind) != kind:
             raise C2Error(f"{what}: {name} is in the archive twice")
         above = next(("/".join(parts[:i]) for i in range(1, len(parts))
@@ -2457,6 +2466,7 @@ def check_link(name: str, target: str, what: str) -> None:
 def unpack_archive(path: str, directory: str, what: str) -> None:
     """Unpack a zip archive into a new directory, with the modes it gives (absent: 0644, directories 0755)."""
     import errno
+    import struct
     import zipfile
     import zlib
     try:
@@ -2470,8 +2480,8 @@ def unpack_archive(path: str, directory: str, what: str) -> None:
             make_dir(directory)
             with naming(directory):
                 write_members(archive, members, directory, what)
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, OSError) as e:
-        if getattr(e, "errno", errno.EINVAL) != errno.EINVAL:   # which is a jump to before the file's start
+    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, RuntimeError, OSError) as e:
+        if getattr(e, "errno", None) not in (None, errno.EINVAL):   # of bz2, and of a jump before the start
             raise
         raise C2Error(f"{what} is not a sound zip archive: {e}; pack or upload it again") from None
 

@@ -7,6 +7,7 @@ repeats the random tests of a failed run.
 """
 import contextlib
 import errno
+import functools
 import glob
 import hashlib
 import http.client
@@ -128,8 +129,10 @@ class Sandbox(unittest.TestCase):
                 z.writestr(member, content)
 
     def start_c2(self, *args, **options):
-        """Start c2 in the background."""
+        """Start c2 in the background; umask= is its umask."""
         env = dict(self.env, **options.pop("env", {}))
+        if "umask" in options:
+            options["preexec_fn"] = functools.partial(os.umask, options.pop("umask"))
         return subprocess.Popen([sys.executable, self.path("bin", "c2")] + list(args), cwd=self.dir, env=env,
                                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                 **options)
@@ -996,11 +999,1287 @@ class MustacheProperties(unittest.TestCase):
 # ----------------------------------------------------------------------------------------------------------
 
 
+def decoded(value, base="/etc/c2"):
+    """The Config of a value, and the warnings."""
+    warnings = []
+    return c2.decode_config(value, base, warnings.append), warnings
+
+
+def proxied(**keys):
+    """A configuration value in proxy mode, with these keys of the mode."""
+    mode = dict({"endPoints": {"main": {"serverNames": ["main.localhost"], "etype": "httpOnly"}}}, **keys)
+    return {"releases": {"localdir": "/r"}, "deployMode": {"proxy": mode}}
+
+
+def with_main(**keys):
+    """A configuration value whose endpoint main has these keys."""
+    return proxied(endPoints={"main": dict({"serverNames": ["a.test"], "etype": "httpOnly"}, **keys)})
+
+
+class ConfigurationCases(unittest.TestCase):
+    """What configurations mean, in every spelling that camus2's documents or people use."""
+
+    def test_defaults(self):
+        config, warnings = decoded({"releases": {"localdir": "/r"}})
+        self.assertEqual(warnings, [])
+        self.assertEqual(config, c2.Config(
+            releases=c2.Choice("localdir", "/r"), deploys_dir="/opt/deploys", context_cache="/opt/config",
+            log_file="/opt/var/log/camus2.log", config_sources={}, deploy_mode=c2.Choice("noproxy"),
+            health_check=c2.HealthCheck("/health-check", "/", None), nginx_docker_image="nginx",
+            nginx_docker_version="latest", letsencrypt_prefix_dir="/opt", letsencrypt_www_dir="/opt/var/www",
+            auto_cert_name="camus2cert", auto_cert_contact_email="", certbot_docker_image="certbot/certbot",
+            certbot_docker_version="latest", acme_server=None, command_timeout_secs=None))
+        self.assertEqual(decoded(proxied())[0].proxy, c2.ProxyMode(
+            end_points={"main": c2.EndPoint(["main.localhost"], c2.Choice("httpOnly"))}, remote_state_s3=None,
+            dynamic_port_range=c2.PortRange(8000, 8100), slave_label=c2.Choice("ec2InstanceId"),
+            slave_interface_name="eth0", nginx_conf_template_path=None, http_port=80, https_port=443,
+            ready_path=None, ready_timeout_secs=10, drain_timeout_secs=30, container_name="frontendproxy"))
+
+    def same(self, *values):
+        """All these values give one record, without a warning; gives it."""
+        first = decoded(values[0])
+        for value in values:
+            with self.subTest(value=value):
+                self.assertEqual(decoded(value), (first[0], []))
+        return first[0]
+
+    def test_spellings(self):
+        base = {"releases": {"localdir": "/r"}}
+        self.same(base, dict(base, deployMode="noproxy"), dict(base, deployMode={"noproxy": None}),
+                  dict(base, deployMode={"noproxy": {}}))
+        self.same({"releases": {"s3": "s3://bucket/p"}}, {"releases": {"S3": "s3://bucket/p"}})
+        self.same(dict(base, deploysDir="/d"), dict(base, releasesDir="/d"))
+        off = self.same(dict(base, healthCheck="nothing"), dict(base, healthCheck=None),
+                        dict(base, healthCheck={"nothing": None}))
+        self.assertIsNone(off.health_check)
+        self.same(dict(base, healthCheck={"incomingPath": "/a", "outgoingPath": "/b"}),
+                  dict(base, healthCheck={"just": {"incomingPath": "/a", "outgoingPath": "/b"}}))
+        self.same(proxied(remoteStateS3="s3://bucket/x"), proxied(remoteStateS3={"just": "s3://bucket/x"}))
+        self.same(proxied(), proxied(remoteStateS3="nothing"), proxied(remoteStateS3=None),
+                  proxied(nginxConfTemplatePath="nothing"), proxied(slaveLabel="ec2InstanceId"),
+                  proxied(slaveLabel={"ec2InstanceId": None}), proxied(dynamicPortRange=[8000, 8100]),
+                  proxied(dynamicPortRange={"v1": 8000, "v2": 8100}), with_main(serverNames=["main.localhost"]),
+                  with_main(serverNames=["main.localhost"], etype={"httpOnly": None}))
+        generated = self.same(*[with_main(etype=etype) for etype in (
+            "httpsWithRedirect", {"httpsWithRedirect": None}, {"httpsWithRedirect": "generated"},
+            {"httpsWithRedirect": {"generated": None}})])
+        self.assertEqual(generated.end_points["main"].certificate, c2.Choice("generated"))
+        given = decoded(with_main(etype={"httpsWithRedirect": {"explicit": {
+            "sslCertificate": "c.pem", "sslCertificateKey": "/k.pem"}}}))[0]
+        self.assertEqual(given.end_points["main"].certificate,
+                         c2.Choice("explicit", c2.SslCert("/etc/c2/c.pem", "/k.pem")))
+
+    def test_what_the_documents_of_camus2_show(self):
+        basic = c2.parse_yaml("# where releases go\ndeploysDir: /tmp/a/releases\nlogFile: /tmp/a/log\n"
+                              "releases: \n  localdir: /tmp/zips\n")
+        proxy = c2.parse_yaml(
+            "deploysDir: /tmp/a/releases\nlogFile: /tmp/a/log\nreleases: \n  localdir: /tmp/zips\ndeployMode: \n"
+            "  proxy: \n    endPoints: \n# any number of them\n      main: \n        serverNames: \n"
+            "# what nginx answers to\n          - main.localhost\n        etype: httpOnly\n      test:\n"
+            "        serverNames:\n        - test.localhost\n        etype: httpOnly\n"
+            "    dynamicPortRange: \n      v1: 8000\n      v2: 8100\n      \n    \n  \n")
+        remote = c2.parse_yaml(
+            "releasesDir: /tmp/a/releases\nlogFile: /tmp/a/log\nreleases:\n  localdir: /tmp/zips\ndeployMode:\n"
+            "  proxy:\n    endPoints:\n      main:\n        serverNames:\n        - main.localhost\n"
+            "        etype: httpOnly\n      test:\n        serverNames: \n        - test.localhost\n"
+            "        etype: httpOnly\n# the fleet\n    remoteStateS3: \n      just: s3://state-of-app\n"
+            "    slaveLabel:\n# for the records\n      label: myslave\n    dynamicPortRange: \n      v1: 8000\n"
+            "      v2: 8100\n")
+        self.assertEqual(decoded(basic)[0].deploys_dir, "/tmp/a/releases")
+        plain, fleet = decoded(proxy)[0], decoded(remote)[0]
+        self.assertEqual(sorted(plain.end_points), ["main", "test"])
+        self.assertEqual(fleet, plain._replace(deploy_mode=c2.Choice("proxy", plain.proxy._replace(
+            remote_state_s3="s3://state-of-app", slave_label=c2.Choice("label", "myslave")))))
+        as_written = {  # what its tool writes itself
+            "releases": {"s3": "s3://bkt/some/path"}, "nginxDockerVersion": "1.16.1", "autoCertContactEmail": "",
+            "healthCheck": {"just": {"incomingPath": "/h", "outgoingPath": "/", "endpoint": {"just": "main"}}},
+            "configSources": {"a": {"file": "/a.json"}, "b": {"s3": "s3://bkt/b.json"},
+                              "c": {"awsSecretArn": "arn:aws:secretsmanager:us-east-1:1:secret:x"}},
+            "deployMode": {"proxy": {
+                "endPoints": {"main": {"label": "main", "serverNames": ["main.localhost"],
+                                       "etype": {"httpsWithRedirect": "generated"}}},
+                "remoteStateS3": "nothing", "dynamicPortRange": {"v1": 8090, "v2": 8099},
+                "slaveLabel": {"label": "s"}, "slaveInterfaceName": "eth0", "nginxConfTemplatePath": "nothing"}}}
+        config, warnings = decoded(as_written)
+        self.assertEqual(config.health_check.endpoint, "main")
+        self.assertEqual(warnings, [
+            "deployMode.proxy.endPoints.main.label has no effect any more; remove it"])
+
+    def test_relative_paths(self):
+        config = decoded({
+            "releases": {"localdir": "../r"}, "deploysDir": "d", "contextCache": "./c", "logFile": "../../log",
+            "configSources": {"a": {"file": "a.json"}}, "letsencryptPrefixDir": "le", "letsencryptWwwDir": "/w",
+            "deployMode": {"proxy": {"endPoints": {}, "nginxConfTemplatePath": "n.tpl"}}}, "/x/etc")[0]
+        self.assertEqual(
+            [config.releases.value, config.deploys_dir, config.context_cache, config.log_file,
+             config.config_sources["a"].value, config.letsencrypt_prefix_dir, config.letsencrypt_www_dir,
+             config.proxy.nginx_conf_template_path],
+            ["/x/r", "/x/etc/d", "/x/etc/c", "/log", "/x/etc/a.json", "/x/etc/le", "/w", "/x/etc/n.tpl"])
+
+    def test_errors(self):
+        r = {"releases": {"localdir": "/r"}}
+        main = "deployMode.proxy.endPoints.main"
+        for value, *words in [
+            ({}, "releases: required"), ([], "the document", "found []", "an object"), (None, "the document"),
+            ({"releases": "/r"}, 'releases: found "/r"', "localdir, s3, http"),
+            ({"releases": {"local": "/r"}}, "releases: ", "did you mean localdir?"),
+            ({"releases": {"localdir": "/r", "s3": "s3://bkt"}}, "releases: ", "one of"),
+            ({"releases": {"s3": "bucket"}}, 'releases.s3: found "bucket"', "s3://BUCKET/PREFIX"),
+            ({"releases": {"S3": "http://x"}}, "releases.s3: ", "s3://"),
+            ({"releases": {"http": "ftp://x"}}, "releases.http: ", "https://"),
+            ({"releases": {"localdir": 1}}, "releases.localdir: found 1", "string", "quotes"),
+            ({"releases": {"localdir": ""}}, "releases.localdir", "a path"),
+            ({"releases": {"localdir": "/a\nb"}}, "releases.localdir", "control"),
+            (dict(r, deployDir="/d"), "deployDir: unknown key", "did you mean deploysDir?"),
+            (dict(r, LogFile="/d"), "LogFile: unknown key", "did you mean logFile?"),
+            (dict(r, zzz=1), "zzz: unknown key", "known here: releases, deploysDir"),
+            (dict(r, deploysDir="/a", releasesDir="/b"), "releasesDir", "once"),
+            (dict(r, configSources={"a": {"url": "x"}}), "configSources.a", "file, s3, awsSecretArn, http"),
+            (dict(r, configSources={"a.b": {"file": "x"}}), "configSources.a.b", "letters, digits"),
+            (dict(r, configSources=[]), "configSources: found []", "an object"),
+            (dict(r, deployMode="proxy"), "deployMode.proxy: found null", "an object"),
+            (dict(r, deployMode="noprox"), "deployMode", "did you mean noproxy?"),
+            (dict(r, deployMode={"noproxy": 1}), "deployMode", "takes no value"),
+            (dict(r, deployMode={"proxy": {}}), "deployMode.proxy.endPoints: required"),
+            (dict(r, healthCheck={"incomingPath": "x"}), "healthCheck.incomingPath", "a path"),
+            (dict(r, healthCheck={"just": {"incomingpath": "/x"}}), "healthCheck.just.incomingpath: unknown key",
+             "incomingPath?"),
+            (dict(proxied(), healthCheck={"endpoint": "man"}), "healthCheck.endpoint: man is not an endpoint",
+             "main"),
+            (dict(r, commandTimeoutSecs=-1), "commandTimeoutSecs: found -1", "from 0 to"),
+            (dict(r, commandTimeoutSecs=True), "commandTimeoutSecs: found true"),
+            (dict(r, commandTimeoutSecs=float("nan")), "commandTimeoutSecs: found NaN"),
+            (dict(r, autoCertName="a/b"), "autoCertName", "label"),
+            (dict(r, nginxDockerVersion=1.16), "nginxDockerVersion: found 1.16", "quotes"),
+            (dict(r, acmeServer="pebble"), "acmeServer", "http"),
+            (with_main(etype="httponly"), main + '.etype: found "httponly"', "httpOnly, httpsWithRedirect",
+             "did you mean httpOnly?"),
+            (with_main(etype={"httpsWithRedirect": "given"}), main + ".etype.httpsWithRedirect",
+             "generated, explicit"),
+            (with_main(etype={"httpsWithRedirect": {"explicit": {"sslCertificate": "/c"}}}),
+             main + ".etype.httpsWithRedirect.explicit.sslCertificateKey: required"),
+            (with_main(etype={"httpOnly": 1}), main + ".etype", "takes no value"),
+            (with_main(etype=None), main + ".etype", "one of"),
+            (with_main(serverName=1), main + ".serverName: unknown key", "did you mean serverNames?"),
+            (with_main(serverNames=[]), main + ".serverNames: found []", "at least 1"),
+            (with_main(serverNames="a"), main + ".serverNames", "a list"),
+            (with_main(serverNames=["a", "b c"]), main + '.serverNames.1: found "b c"', "host name"),
+            (with_main(serverNames=["a;b"]), main + ".serverNames.0", "host name"),
+            (with_main(serverNames=["a{b"]), main + ".serverNames.0", "host name"),
+            (proxied(endPoints={"a/b": {}}), "deployMode.proxy.endPoints.a/b", "a label"),
+            (proxied(endPoints={"a": {"serverNames": ["x.y"], "etype": "httpOnly"},
+                                "b": {"serverNames": ["X.Y"], "etype": "httpOnly"}}),
+             "deployMode.proxy.endPoints.b.serverNames", "already"),
+            (proxied(dynamicPortRange=[8000]), "deployMode.proxy.dynamicPortRange", "an object"),
+            (proxied(dynamicPortRange=[8100, 8000]), "deployMode.proxy.dynamicPortRange", "v1 below v2"),
+            (proxied(dynamicPortRange={"v1": 0, "v2": 9}), "deployMode.proxy.dynamicPortRange.v1: found 0",
+             "from 1 to 65535"),
+            (proxied(dynamicPortRange=[8000, 65537]), "deployMode.proxy.dynamicPortRange.v2", "65536"),
+            (proxied(dynamicPortRange=["8000", 9000]), "deployMode.proxy.dynamicPortRange.v1", "number"),
+            (proxied(httpPort=8050), "deployMode.proxy.httpPort", "dynamicPortRange"),
+            (proxied(httpPort=443), "deployMode.proxy.httpsPort", "443"),
+            (proxied(slaveLabel={"label": "a/b"}), "deployMode.proxy.slaveLabel.label", "a label"),
+            (proxied(readyPath="x y"), "deployMode.proxy.readyPath", "a path"),
+            (proxied(remoteStateS3="s3://x"), "deployMode.proxy.remoteStateS3", "s3://BUCKET"),
+            (proxied(remoteStateS3="s3://bkt/x", endPoints={
+                "main": {"serverNames": ["a"], "etype": "httpsWithRedirect"}}), main + ".etype", "remoteStateS3"),
+        ]:
+            with self.subTest(value=value):
+                with self.assertRaises(c2.ConfigError) as caught:
+                    decoded(value)
+                for word in words:
+                    self.assertIn(word, str(caught.exception))
+                self.assertTrue(str(caught.exception).startswith(words[0].split(":")[0]), caught.exception)
+
+    def test_a_long_value_is_shown_short(self):
+        with self.assertRaises(c2.ConfigError) as caught:
+            decoded({"releases": {"s3": "x" * 9999}})
+        self.assertLess(len(str(caught.exception)), 200)
+
+    def test_paths_of_a_configuration_from_elsewhere_are_absolute(self):
+        with self.assertRaisesRegex(c2.ConfigError, "deploysDir.*an absolute path"):
+            decoded({"releases": {"s3": "s3://bkt/p"}, "deploysDir": "d"}, base="")
+
+
+class Spelled(object):
+    """A configuration in one of its spellings: each optional value and union as chance has it."""
+
+    def __init__(self, seed):
+        self.random = random.Random(seed)
+
+    def union(self, name, value=None):
+        choices = [{name: value}] + ([name, {name: None}] if value is None else [])
+        return self.random.choice(choices)
+
+    def put(self, record, key, value):
+        """An optional value: absent (None), bare, or as a Maybe."""
+        if value is not None:
+            record[key] = self.random.choice([value, {"just": value}])
+        elif self.random.random() < .6:
+            record[key] = self.random.choice([None, "nothing", {"nothing": None}])
+
+    def config(self, facts):
+        """`facts` holds what is meant, so that two of these spell the same."""
+        end_points = {}
+        for name, kind in facts["endPoints"].items():
+            etype = {"http": lambda: self.union("httpOnly"),
+                     "generated": lambda: self.random.choice(
+                         ["httpsWithRedirect", {"httpsWithRedirect": self.union("generated")}]),
+                     "explicit": lambda: {"httpsWithRedirect": {"explicit": {
+                         "sslCertificate": "/c", "sslCertificateKey": "k"}}}}[kind]()
+            end_points[name] = {"serverNames": [name + ".test", name + ".example"], "etype": etype}
+        ports = facts["ports"]
+        mode = {"endPoints": end_points, "slaveLabel": self.union(*facts["slaveLabel"]),
+                "dynamicPortRange": self.random.choice([ports, {"v1": ports[0], "v2": ports[1]}])}
+        self.put(mode, "remoteStateS3", facts["remote"])
+        self.put(mode, "nginxConfTemplatePath", facts["template"])
+        self.put(mode, "readyPath", facts["readyPath"])
+        result = {"releases": {facts["store"]: facts["at"]},
+                  self.random.choice(["deploysDir", "releasesDir"]): "d",
+                  "deployMode": {"proxy": mode} if facts["proxy"] else self.union("noproxy")}
+        self.put(result, "commandTimeoutSecs", facts["timeout"])
+        health = facts["health"] and dict(facts["health"])
+        if health:
+            self.put(health, "endpoint", health.pop("endpoint"))
+        self.put(result, "healthCheck", health)
+        if "healthCheck" not in result:
+            result["healthCheck"] = None
+        items = list(result.items())
+        self.random.shuffle(items)
+        return dict(items)
+
+    @staticmethod
+    def facts(rnd):
+        names = rnd.sample(["main", "test", "a-b", "x.y", "Z9"], rnd.randint(1, 4))
+        remote = rnd.choice([None, "s3://bucket/state"])
+        kinds = ["http", "explicit"] + ([] if remote else ["generated"])
+        first, proxy = rnd.randint(1024, 60000), rnd.random() < .8
+        store, at = rnd.choice([("localdir", "r"), ("s3", "s3://bkt/p/q"), ("http", "https://h/p")])
+        return {"endPoints": {name: rnd.choice(kinds) for name in names}, "remote": remote, "proxy": proxy,
+                "ports": [first, first + rnd.randint(1, 3000)], "store": store, "at": at,
+                "slaveLabel": rnd.choice([("label", "m-1"), ("ec2InstanceId",)]),
+                "template": rnd.choice([None, "/t.tpl"]), "readyPath": rnd.choice([None, "/ready"]),
+                "timeout": rnd.choice([None, 1.5, 900]),
+                "health": rnd.choice([None, {"incomingPath": "/i", "outgoingPath": "/o",
+                                             "endpoint": rnd.choice([None, names[0]])}])}
+
+
+class ConfigurationProperties(unittest.TestCase):
+    def test_every_spelling_gives_the_same_record(self):
+        for n in range(300):
+            seed = SEED + n
+            facts = Spelled.facts(random.Random(seed))
+            one, two = (Spelled(seed + side).config(facts) for side in (10 ** 9, 2 * 10 ** 9))
+            with self.subTest(seed=seed, one=one, two=two):
+                self.assertEqual(decoded(one), decoded(two))
+                self.assertEqual(c2.parse_yaml(json.dumps(one)), one)
+                config = decoded(one)[0]
+                self.assertEqual(sorted(config.end_points), sorted(facts["endPoints"]) if facts["proxy"] else [])
+                self.assertEqual(config.remote, facts["remote"] if facts["proxy"] else None)
+                self.assertEqual(config.command_timeout_secs, facts["timeout"])
+                self.assertEqual(config.health_check and config.health_check.endpoint,
+                                 facts["health"] and facts["health"]["endpoint"])
+
+    def test_a_damaged_configuration_is_a_configuration_error(self):
+        rnd = random.Random(SEED)
+        odd = [None, True, -1, 1e9, "", "x", [], {}, [1], {"a": 1}, {"just": {}}, "nothing"]
+
+        def damaged(value):
+            if isinstance(value, (dict, list)) and value and rnd.random() < .8:
+                copy = value.copy()
+                key = rnd.choice(list(copy) if isinstance(copy, dict) else range(len(copy)))
+                copy[key] = damaged(copy[key])
+                return copy
+            return rnd.choice(odd)
+        for n in range(1000):
+            value = damaged(Spelled(SEED + n).config(Spelled.facts(random.Random(SEED + n))))
+            with self.subTest(seed=SEED, value=value):
+                with contextlib.suppress(c2.ConfigError):
+                    decoded(value)
+
+
+class ConfigurationFiles(Sandbox):
+    """Where the configuration comes from, and what is said of a bad one."""
+
+    def minimal(self, path, name):
+        """A configuration whose store tells which it is."""
+        os.makedirs(self.path("stores", name), exist_ok=True)
+        self.write("stores/%s/%s.zip" % (name, name), "")
+        text = {"releases": {"localdir": self.path("stores", name)}}
+        return self.write(path, text if path.endswith(".json") else "releases:\n  localdir: %s\n" % self.path(
+            "stores", name))
+
+    def which(self, *args, **options):
+        return self.c2("list-releases", *args, **options).out.strip()
+
+    def test_order(self):
+        given, env = self.minimal("given.yml", "given"), self.minimal("env.yaml", "env")
+        ran = self.c2("list-releases", code=2)
+        self.assertIn("etc/camus2.json", ran.err)
+        self.assertIn("CAMUS2_CONFIG", ran.err)
+        self.minimal("etc/camus2.yaml", "yaml")
+        self.assertEqual(self.which(), "yaml.zip")
+        self.minimal("etc/camus2.json", "json")
+        self.assertEqual(self.which(), "json.zip")
+        self.assertEqual(self.which(env={"CAMUS2_CONFIG": env}), "env.zip")
+        self.assertEqual(self.which("--config", given, env={"CAMUS2_CONFIG": env}), "given.zip")
+        ran = self.c2("--config", given, "list-releases", env={"CAMUS2_CONFIG": "/nowhere"})
+        self.assertEqual(ran.out, "given.zip\n")
+
+    def test_beside_the_resolved_program(self):
+        self.minimal("etc/camus2.json", "json")
+        os.symlink(self.path("bin", "c2"), self.path("link-to-c2"))
+        done = subprocess.run([sys.executable, self.path("link-to-c2"), "list-releases"], env=self.env, cwd="/",
+                              stdout=subprocess.PIPE)
+        self.assertEqual((done.returncode, done.stdout), (0, b"json.zip\n"))
+
+    def test_bad_files(self):
+        for name, text, words in [
+                ("a.json", "{", ["a.json: ", "line 1"]), ("a.json", '{"a": 1, "a": 2}', ["a.json: ", "twice"]),
+                ("a.json", '{"releases": NaN}', ["NaN"]), ("a.json", "[" * 100000, ["a.json", "deep"]),
+                ("a.yaml", "a: yes", ["a.yaml: line 1, column 4", "quote"]),
+                ("a.yaml", "releases:\n  localdir: /r\nlogfile: x", ["a.yaml: logfile", "logFile"]),
+                ("a.yaml", "", ["a.yaml: the document"]),
+                ("a.toml", "x", ["a.toml", ".json, .yaml or .yml"])]:
+            with self.subTest(text=text[:20]):
+                ran = self.c2("status", "--config", self.write(name, text), code=2)
+                for word in words:
+                    self.assertIn(word, ran.err)
+                self.assertEqual((ran.out, ran.err.count("\n")), ("", 1))
+        with open(self.path("b.yaml"), "wb") as f:
+            f.write(b"a: \xff")
+        self.assertIn("UTF-8", self.c2("status", "--config", "b.yaml", code=2).err)
+        self.assertIn("No such file", self.c2("status", "--config", "c.yaml", code=2).err)
+
+    def test_label_of_an_end_point_is_warned_of(self):
+        self.write("etc/camus2.json", dict(with_main(label="main"), deploysDir="../d", logFile="../log"))
+        ran = self.c2("status")
+        self.assertIn("warning: ", ran.err)
+        self.assertIn("deployMode.proxy.endPoints.main.label", ran.err)
+        self.assertIn("main: (a.test:80) -> (not connected)", ran.out)
+
+    def test_http(self):
+        config = json.dumps({"releases": {"localdir": self.path("stores", "x")}})
+        self.minimal("unused.json", "x")
+        with Served({"/c.json": config, "/bad.json": "{", "/latin.yaml": b"a: \xff"}) as url:
+            self.assertEqual(self.which("--config", url + "/c.json"), "x.zip")
+            self.assertEqual(self.which("--config", url + "/c.json?signed=1.x"), "x.zip")
+            self.assertIn("bad.json", self.c2("status", "--config", url + "/bad.json", code=2).err)
+            self.assertIn("UTF-8", self.c2("status", "--config", url + "/latin.yaml", code=2).err)
+            self.assertIn("404", self.c2("status", "--config", url + "/no.json", code=2).err)
+
+    @needs_bed
+    def test_s3(self):
+        self.minimal("unused.json", "x")
+        bucket = Bucket(self)
+        bucket.put("etc/c.yaml", "releases: {localdir: %s}\n" % self.path("stores", "x"))
+        self.assertEqual(self.which(env={"CAMUS2_CONFIG": bucket.url + "/etc/c.yaml"}), "x.zip")
+        ran = self.c2("status", "--config", bucket.url + "/no.yaml", code=2)
+        self.assertIn("no.yaml is not there", ran.err)
+        bucket.put("etc/d.yaml", "releases: {localdir: releases}\n")
+        self.assertIn("an absolute path", self.c2("status", "--config", bucket.url + "/etc/d.yaml", code=2).err)
+
+
+class Served(object):
+    """An http server on a port of its own: `files` PATH -> text, bytes, an error code, or a function that is
+    given the request handler. `with Served(…) as url`."""
+
+    def __init__(self, files):
+        from http.server import BaseHTTPRequestHandler, HTTPServer
+        from socketserver import ThreadingMixIn
+        self.asked = asked = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                asked.append((self.command, self.path))
+                found = files.get(self.path.partition("?")[0], 404)
+                if callable(found):
+                    return found(self)
+                if isinstance(found, int):
+                    return self.send_error(found)
+                body = found if isinstance(found, bytes) else found.encode("utf-8")
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(body)
+
+            do_HEAD = do_GET
+
+            def log_message(self, *args):
+                pass
+
+        class Server(ThreadingMixIn, HTTPServer):
+            daemon_threads = True
+
+        self.server = Server(("127.0.0.1", 0), Handler)
+        self.url = "http://127.0.0.1:%d" % self.server.server_address[1]
+
+    def __enter__(self):
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+        return self.url
+
+    def __exit__(self, *args):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class Bucket(object):
+    """A new S3 bucket in the test bed."""
+
+    def __init__(self, case):
+        self.case, self.name = case, "c2-%d" % random.SystemRandom().randrange(10 ** 12)
+        self.url = "s3://" + self.name
+        self.aws("s3api", "create-bucket", "--bucket", self.name)
+
+    @staticmethod
+    def aws(*args):
+        done = subprocess.run(["aws"] + list(args) + ["--output", "json"], stdout=subprocess.PIPE)
+        if done.returncode:
+            raise AssertionError("aws %s: exit %d" % (" ".join(args), done.returncode))
+        return json.loads(done.stdout.decode() or "null")
+
+    def put(self, key, content):
+        """Store a text, or the file at a path that is below the sandbox."""
+        path = self.case.path("object")
+        with open(path, "wb") as f:
+            f.write(content if isinstance(content, bytes) else content.encode("utf-8"))
+        self.aws("s3api", "put-object", "--bucket", self.name, "--key", key, "--body", path)
+
+
+def deploy(label="a", release=None, port=8000):
+    return c2.Deploy(label, release or label + ".zip", port)
+
+
+def state(*deploys, **connections):
+    return c2.State(deploys={d.label: d for d in deploys}, connections=connections)
+
+
+class StateCases(unittest.TestCase):
+    """state.json, the rules, and what follows from a state."""
+
+    def test_file(self):
+        of_camus2 = {"deploys": {"a.zip": {"label": "a.zip", "release": "a.zip", "port": 8003}},
+                     "connections": {"main": "a.zip"}, "dconfigs": {"a.zip": {"queue": "active"}}}
+        found = c2.decode_state(of_camus2, "state.json")
+        self.assertEqual(found, state(deploy("a.zip", "a.zip", 8003), main="a.zip"))
+        full = found._replace(previous={"main": deploy("b")}, last_port=8003, since={"a.zip": "2020-01-01T00:00:00Z"})
+        written = json.loads(json.dumps(c2.encode_state(full)))
+        self.assertEqual({k: written[k] for k in ("deploys", "connections")},
+                         {k: of_camus2[k] for k in ("deploys", "connections")})
+        self.assertEqual(c2.decode_state(written, "x"), full)
+
+    def test_damaged_file(self):
+        good = {"label": "a", "release": "a.zip", "port": 1}
+        for value, words in [
+                ([], "object"), ({"deploys": []}, "deploys"), ({"deploys": {"a": {"label": "a"}}}, "required"),
+                ({"deploys": {"b": good}}, "deploys.b has the label a"),
+                ({"deploys": {"a": dict(good, port="1")}}, "deploys.a.port"),
+                ({"deploys": {"../a": dict(good, label="../a")}}, "deploys.../a"),
+                ({"deploys": {"a": dict(good, release="../x.zip")}}, "deploys.a.release"),
+                ({"deploys": {"a": good}, "connections": {"main": "b"}}, "connections.main: there is no deploy b")]:
+            with self.subTest(value=value):
+                with self.assertRaises(c2.C2Error) as caught:
+                    c2.decode_state(value, "/d/state.json")
+                self.assertEqual(caught.exception.code, 1)
+                self.assertIn("/d/state.json: ", str(caught.exception))
+                self.assertIn(words, str(caught.exception))
+
+    def refuses(self, kind, words, function, *args):
+        with self.assertRaises(kind) as caught:
+            function(*args)
+        self.assertRegex(str(caught.exception), words)
+
+    def test_start(self):
+        a, b = deploy("a", port=8000), deploy("b", port=8001)
+        connected = state(a, main="a")
+
+        def actions(old, new, runs=True):
+            return c2.start_actions(old, new, lambda d: runs)
+        self.assertEqual(actions(state(a), b), [c2.Create(b)])
+        self.assertEqual(actions(connected, a), [])
+        self.assertEqual(actions(connected, a, runs=False), [c2.Restart(a)])
+        other = deploy("a", "z.zip", 8001)
+        self.assertEqual(actions(state(a), other), [c2.Replace(a, other)])
+        self.refuses(c2.Refused, "a runs a.zip and is connected to main", actions, connected, other)
+        for label in ("current", "frontend-proxy", ".x", "a/b", "", "-a", "a b"):
+            self.refuses(c2.ConfigError, "can't be a deploy's label", actions, state(), deploy(label, "r.zip"))
+        for label, word in (("A", "a and take|a.*compose project"), ("Current", "current"),
+                            ("frontend-PROXY", "frontend-proxy")):
+            self.refuses(c2.Refused, "compose project", actions, state(a), deploy(label, port=8001))
+        self.refuses(c2.Refused, "web-11", actions, state(deploy("web-1.1")), deploy("web-11", port=8001))
+        one, two = deploy("a", port=0), deploy("b", port=0)
+        self.assertEqual(actions(state(), one), [c2.Create(one)])
+        self.assertEqual(actions(state(one), two), [c2.Replace(one, two)])
+        self.assertEqual(actions(state(one), one), [c2.Replace(one, one)])
+
+    def test_stop(self):
+        a, b = deploy("a", "r.zip"), deploy("b", "r.zip", 8001)
+        self.assertEqual(c2.stop_actions(state(a, b), "b"), [c2.Destroy(b)])
+        self.assertEqual(c2.stop_actions(state(a), "r", True), [c2.Destroy(a, True)])
+        self.refuses(c2.Refused, "c2 disconnect main", c2.stop_actions, state(a, main="a"), "a", True)
+        self.refuses(c2.Refused, "r.zip runs as a and b", c2.stop_actions, state(a, b), "r.zip")
+        self.refuses(c2.Refused, "no deploy bb; .*there are: a, b", c2.stop_actions, state(a, b), "bb")
+        self.refuses(c2.Refused, "there is no deploy x; there are: none", c2.stop_actions, state(), "x")
+
+    def test_a_label_comes_before_a_release(self):
+        a, b = deploy("a", "b.zip"), deploy("b", "c.zip", 8001)
+        self.assertEqual(c2.find_deploy(state(a, b), "b"), b)
+        self.assertEqual(c2.find_deploy(state(a, b), "b.zip"), a)
+
+    def test_rollback(self):
+        a, b = deploy("a"), deploy("b", port=8001)
+        before = state(a, b, main="a")
+        now = c2.next_state(c2.Connect("main", "b"), before)
+        self.assertEqual(now.previous, {"main": a})
+        self.assertEqual(c2.rollback_target(now, "main"), a)
+        again = c2.next_state(c2.Connect("main", "b"), now)
+        self.assertEqual(again.previous, {"main": a})
+        off = c2.next_state(c2.Disconnect("main"), now)
+        self.assertEqual((off.connections, off.previous), ({}, {"main": b}))
+        gone = c2.next_state(c2.Destroy(a), now)
+        self.refuses(c2.Refused, "c2 start a.zip, then c2 connect main a", c2.rollback_target, gone, "main")
+        self.refuses(c2.Refused, "no way back", c2.rollback_target, before, "main")
+        one, two = deploy("a", port=0), deploy("b", port=0)
+        replaced = c2.next_state(c2.Replace(one, two), state(one), "now")
+        self.assertEqual((replaced.deploys, replaced.previous, replaced.since),
+                         ({"b": two}, {"current": one}, {"b": "now"}))
+        self.assertEqual(c2.next_state(c2.Replace(two, two), replaced).previous, {"current": one})
+        self.assertEqual(c2.next_state(c2.Destroy(two), replaced).previous, {"current": two})
+
+    def test_end_points(self):
+        config = decoded(proxied(endPoints={name: {"serverNames": [name], "etype": "httpOnly"}
+                                            for name in ("main", "test")}))[0]
+        self.assertEqual(c2.find_end_point(config, "test"), "test")
+        self.assertEqual(c2.find_end_point(decoded(proxied())[0], None), "main")
+        self.refuses(c2.ConfigError, "say which endpoint; .*main, test", c2.find_end_point, config, None)
+        self.refuses(c2.ConfigError, "no endpoint tets; did you mean test", c2.find_end_point, config, "tets")
+
+    def test_next_port(self):
+        ports = c2.PortRange(8000, 8004)
+        for last, taken, port in [(0, [], 8000), (8000, [], 8001), (8003, [], 8000), (8001, [8002], 8003),
+                                  (8001, [8002, 8003], 8000), (9000, [8000], 8001), (8002, [8000, 8003, 8001], 8002)]:
+            self.assertEqual(c2.next_port(ports, last, lambda p: p in taken), port, (last, taken))
+        self.refuses(c2.C2Error, "8000 to 8003 are taken", c2.next_port, ports, 8000, lambda p: True)
+
+    def test_ports_of_the_context(self):
+        self.assertEqual(c2.ports_context(8003, c2.PortRange(8000, 8100)), {
+            "http": 8003, "extra1": 8103, "extra2": 8203, "extra3": 8303, "extra4": 8403})
+        self.assertEqual(c2.ports_context(65000, c2.PortRange(65000, 65200)),
+                         {"http": 65000, "extra1": 65200, "extra2": 65400})
+
+    def test_status_text(self):
+        config = decoded(proxied(httpPort=9080, endPoints={
+            "main": {"serverNames": ["a.test", "b.test"], "etype": "httpsWithRedirect"},
+            "test": {"serverNames": ["c.test"], "etype": "httpOnly"}}))[0]
+        now = state(deploy("a.zip"), deploy("b", port=8001), deploy("c", port=8002), main="b")._replace(
+            since={"b": "2024-02-03T04:05:06.789Z"})
+        self.assertEqual(c2.status_text(config, now, {"b": True, "c": False}).splitlines(), [
+            "Endpoints:",
+            "  main: (a.test:9080,443, b.test:9080,443) -> b",
+            "  test: (c.test:9080) -> (not connected)",
+            "",
+            "Deploys:",
+            "  a.zip (a.zip.zip): (localhost:8000)",
+            "  b (b.zip): (localhost:8001) answers since 2024-02-03 04:05 UTC",
+            "  c (c.zip): (localhost:8002) DOES NOT ANSWER"])
+        plain = decoded({"releases": {"localdir": "/r"}})[0]
+        self.assertEqual(c2.status_text(plain, state(), {}), "Deploys:\n  (none)")
+
+    def test_actions_survive_the_journal(self):
+        a, b = deploy("a"), deploy("b", port=8001)
+        for action in (c2.Create(a), c2.Replace(a, b), c2.Restart(a), c2.Destroy(b, True),
+                       c2.Connect("main", "a"), c2.Disconnect("main")):
+            self.assertEqual(c2.decode_action(json.loads(json.dumps(c2.encode_action(action)))), action)
+
+
+class ModelHost(object):
+    """What a host would run and serve if the actions of a plan were done one after the other."""
+
+    def __init__(self, case, before, after):
+        self.case, self.running, self.live = case, dict(before.deploys), dict(before.connections)
+        self.always = set(before.connections) & set(after.connections)
+        both = [d for d in before.deploys.values() if d.label in before.connections.values()]
+        # An outage is allowed only where what is connected now has the label or port of what is to be.
+        self.stuck = any(old != new and (old.label == new.label or old.port == new.port)
+                         for old in both for new in after.deploys.values())
+
+    def perform(self, action):
+        case, kind = self.case, type(action)
+        if kind is c2.Disconnect:
+            case.assertIn(action.end_point, self.live)
+            case.assertTrue(action.end_point not in self.always or self.stuck, "a needless outage")
+            del self.live[action.end_point]
+        elif kind is c2.Connect:
+            case.assertIn(action.label, self.running)
+            self.live[action.end_point] = action.label
+        else:
+            case.assertIn(kind, (c2.Create, c2.Replace, c2.Destroy))
+            gone = getattr(action, "old", None) or (action.deploy if kind is c2.Destroy else None)
+            if gone:
+                case.assertEqual(self.running.pop(gone.label), gone)
+            if kind is not c2.Destroy:
+                case.assertNotIn(action.deploy.label, self.running)
+                self.running[action.deploy.label] = action.deploy
+        ports = [d.port for d in self.running.values()]
+        case.assertEqual(len(set(ports)), len(ports), "a port is held twice")
+        for end_point, label in self.live.items():
+            case.assertIn(label, self.running, "%s points at what does not run" % end_point)
+
+
+class PlannerLaws(unittest.TestCase):
+    END_POINTS = ("main", "test", "x")
+
+    @staticmethod
+    def generate(rnd, base=None):
+        labels = rnd.sample("abcdef", rnd.randint(0, 5))
+        ports = rnd.sample(range(8000, 8007), len(labels))
+        deploys = {name: c2.Deploy(name, rnd.choice("rst") + ".zip", port) for name, port in zip(labels, ports)}
+        for name, kept in (base.deploys.items() if base else ()):      # so that states have much in common
+            if name in deploys and rnd.random() < .6 and kept.port not in [d.port for d in deploys.values()]:
+                deploys[name] = kept
+        connections = {e: rnd.choice(labels) for e in PlannerLaws.END_POINTS if labels and rnd.random() < .7}
+        return c2.State(deploys=deploys, connections=connections)
+
+    def test_laws(self):
+        for n in range(4000):
+            rnd = random.Random(SEED + n)
+            old = self.generate(rnd)
+            new = self.generate(rnd, old)
+            with self.subTest(seed=SEED + n, old=old, new=new):
+                self.assertEqual(c2.plan(self.END_POINTS, old, old), [])
+                actions, at, host = c2.plan(self.END_POINTS, old, new), old, ModelHost(self, old, new)
+                for action in actions:
+                    host.perform(action)
+                    at = c2.next_state(action, at)
+                    self.assertEqual((at.deploys, at.connections), (host.running, host.live))
+                self.assertEqual((at.deploys, at.connections), (new.deploys, new.connections))
+
+    def test_an_end_point_that_is_not_configured(self):
+        a, b = deploy("a"), deploy("b", port=8001)
+        actions = c2.plan({"main"}, state(a, gone="a"), state(a, b, gone="a", main="b"))
+        self.assertEqual(actions, [c2.Create(b), c2.Disconnect("gone"), c2.Connect("main", "b")])
+
+    def test_order(self):
+        a, b = deploy("a"), deploy("b", port=8001)
+        main = {"main"}
+        self.assertEqual(c2.plan(main, state(a, main="a"), state(b, main="b")),
+                         [c2.Create(b), c2.Connect("main", "b"), c2.Destroy(a)])
+        again = deploy("a", "z.zip")
+        self.assertEqual(c2.plan(main, state(a), state(again)), [c2.Replace(a, again)])
+        self.assertEqual(c2.plan(main, state(a, main="a"), state(again, main="a")),
+                         [c2.Disconnect("main"), c2.Replace(a, again), c2.Connect("main", "a")])
+        same_port = deploy("b", port=8000)
+        self.assertEqual(c2.plan(main, state(a, main="a"), state(same_port, main="b")),
+                         [c2.Disconnect("main"), c2.Replace(a, same_port), c2.Connect("main", "b")])
+
+
+class DerivedText(unittest.TestCase):
+    """What nginx and docker compose are given."""
+
+    def setUp(self):
+        self.config = decoded(dict(proxied(endPoints={
+            "web": {"serverNames": ["a.test", "*.a.test"], "etype": "httpOnly"},
+            "tls": {"serverNames": ["t.test"], "etype": "httpsWithRedirect"}}, dynamicPortRange=[8000, 8003]),
+            deploysDir="/d", letsencryptPrefixDir="/le", letsencryptWwwDir="/www",
+            nginxDockerImage="reg.test/nginx", nginxDockerVersion="1.25"))[0]
+        self.state = state(deploy("a"), deploy("b", port=8001), web="b")
+
+    def test_compose_file(self):
+        text = c2.compose_file(self.config)
+        found = json.loads(text)
+        self.assertEqual(found["name"], "frontend-proxy")
+        service, = found["services"].values()
+        self.assertEqual({k: service[k] for k in ("container_name", "image", "network_mode", "restart")}, {
+            "container_name": "frontendproxy", "image": "reg.test/nginx:1.25", "network_mode": "host",
+            "restart": "always"})
+        self.assertEqual(service["logging"]["options"], {"max-size": "10m", "max-file": "3"})
+        targets = {mount["target"]: mount["source"] for mount in service["volumes"]}
+        self.assertEqual(targets["/etc/nginx/c2/live"], "./live")
+        self.assertEqual(targets["/www"], "/www")
+        self.assertEqual({mount["read_only"] for mount in service["volumes"]}, {True})
+        odd = self.config._replace(letsencrypt_www_dir="/w$w: {x}")
+        self.assertIn("/w$$w: {x}", c2.compose_file(odd))
+        mode = self.config.proxy
+        other = self.config._replace(deploy_mode=c2.Choice("proxy", mode._replace(container_name="Edge.1")))
+        self.assertEqual(json.loads(c2.compose_file(other))["name"], "edge1")
+
+    def test_compose_file_depends_on_nothing_of_daily_work(self):
+        mode = self.config.proxy
+        daily = mode._replace(
+            end_points=dict(mode.end_points, new=c2.EndPoint(["n.test"], c2.Choice("httpOnly"))),
+            dynamic_port_range=c2.PortRange(9000, 9900), http_port=8080, nginx_conf_template_path="/x",
+            ready_path="/r", drain_timeout_secs=1)
+        self.assertEqual(c2.compose_file(self.config._replace(deploy_mode=c2.Choice("proxy", daily))),
+                         c2.compose_file(self.config))
+
+    def test_routes(self):
+        self.assertEqual(c2.routes(self.config, self.state), {
+            "web": "../ports/8001", "tls": "../ports/none", ".health-check": "../ports/8001"})
+        self.assertEqual(c2.routes(self.config, state()), {
+            "web": "../ports/none", "tls": "../ports/none", ".health-check": "../ports/none"})
+
+    def test_health_check(self):
+        both = self.state._replace(connections={"web": "b", "tls": "a"})
+        self.assertEqual(c2.health_end_point(self.config, both), "tls")
+        self.assertEqual(c2.health_end_point(self.config, self.state), "web")
+        self.assertIsNone(c2.health_end_point(self.config, state(deploy("a"), gone="a")))
+        named = self.config._replace(health_check=c2.HealthCheck(endpoint="tls"))
+        self.assertIsNone(c2.health_end_point(named, self.state))
+        self.assertEqual(c2.health_end_point(named, both), "tls")
+
+    def test_nginx_context_is_that_of_camus2(self):
+        context = c2.nginx_context(self.config, self.state, {})
+        self.assertEqual(context["healthCheck"], {
+            "incomingPath": "/health-check", "outgoingPath": "/", "outgoingPort": 8001})
+
+        def of_camus2(context):
+            return [{kind: {k: v for k, v in inner.items() if k != "label"}}
+                    for entry in context["endPoints"] for kind, inner in entry.items()]
+        self.assertEqual(of_camus2(context), [
+            {"https": {"serverNames": "t.test", "letsencryptWwwDir": "/www"}},
+            {"http": {"serverNames": "a.test *.a.test", "port": 8001}}])
+        both = self.state._replace(connections={"web": "b", "tls": "a"})
+        context = c2.nginx_context(self.config, both, {"tls": ("/c", "/k")})
+        self.assertEqual(of_camus2(context)[0], {"https": {
+            "serverNames": "t.test", "port": 8000, "letsencryptWwwDir": "/www", "sslCertPath": "/c",
+            "sslCertKeyPath": "/k"}})
+        self.assertNotIn("healthCheck", c2.nginx_context(self.config, state(), {}))
+        off = c2.nginx_context(self.config._replace(health_check=None), both, {})
+        self.assertNotIn("healthCheck", off)
+
+    def rendered(self, now, certs=None):
+        warnings = []
+        text = c2.render_template(c2.NGINX_TEMPLATE, c2.nginx_context(self.config, now, certs or {}), None,
+                                  "built-in", warnings.append)
+        self.assertEqual([w for w in warnings if "names nothing" in w], [])
+        return text
+
+    def test_the_built_in_configuration_does_not_change_with_what_is_connected(self):
+        text = self.rendered(self.state)
+        self.assertEqual(text, self.rendered(state()))
+        self.assertEqual(text.count("{"), text.count("}"))
+        for line in ("server_name a.test *.a.test;", "client_max_body_size 0;", "location = /health-check {",
+                     "root /etc/nginx/c2/live/web;", "upstream c2_8002 {"):
+            self.assertIn(line, text)
+        self.assertNotIn("{{", text)
+        self.assertNotIn(" ssl", text)
+        tls = self.rendered(self.state, {"tls": ("/le/c.pem", "/le/k.pem")})
+        self.assertIn("ssl_certificate /le/c.pem;", tls)
+        self.assertIn("return 301 https://$host$request_uri;", tls)
+
+    def test_secrets_are_found_by_their_keys(self):
+        source = {"db": {"user": "joe", "password": "pass-1234", "apiKey": "key-5678", "port": 5432},
+                  "tokens": ["tok-1", "tok-22"], "private": {"pem": "line one\nline two"}, "name": "plain",
+                  "secret": "abc"}
+        self.assertEqual(sorted(c2.secret_values(source)),
+                         ["key-5678", "line one", "line two", "pass-1234", "tok-1", "tok-22"])
+        self.assertEqual(sorted(c2.secret_values({"a": "whole", "n": 12345, "b": True}, True)), ["12345", "whole"])
+        self.assertEqual(c2.masked("x pass-1234 y", ["pass-1234"]), "x *** y")
+
 
 # ----------------------------------------------------------------------------------------------------------
 # Stores and releases
 # ----------------------------------------------------------------------------------------------------------
 
+
+class LocalStore(Sandbox):
+    def setUp(self):
+        super().setUp()
+        self.configure()
+
+    def test_newest_first(self):
+        for age, name in enumerate(["new.zip", "mid.zip", "b-old.zip", "a-old.zip"]):
+            self.release(name)
+            os.utime(self.path("releases", name), (1e9 - min(age, 2), 1e9 - min(age, 2)))
+        os.mkdir(self.path("releases", "folder.zip"))
+        self.write("releases/.hidden.zip", "")
+        os.symlink("nowhere", self.path("releases", "dangling.zip"))
+        names = ["new.zip", "mid.zip", "a-old.zip", "b-old.zip"]
+        ran = self.c2("list-releases")
+        self.assertEqual((ran.out.splitlines(), ran.err), (names, ""))
+        self.assertEqual(json.loads(self.c2("list-releases", "--json").out), names)
+
+    def test_no_store(self):
+        shutil.rmtree(self.path("releases"))
+        self.assertIn("releases is not there", self.c2("list-releases", code=1).err)
+        self.assertIn("there is no release a.zip", self.c2("start", "a.zip", code=1).err)
+
+    def test_unknown_release(self):
+        self.release("web-1.4.zip")
+        self.assertIn("did you mean web-1.4.zip?", self.c2("start", "web-1.3.zip", code=1).err)
+        for name in ("../x.zip", "a/b.zip", "-x", ".x", "a b.zip", ""):
+            ran = self.c2("unpack", "--", name, "out", code=2)
+            self.assertEqual(ran.err.count("\n"), 1, ran)
+        self.assertFalse(os.path.exists(self.path("out")))
+
+
+class HttpStore(Sandbox):
+    def zip(self):
+        self.release("x.zip", {"hello": "world" * 10000})
+        with open(self.path("releases", "x.zip"), "rb") as f:
+            return f.read()
+
+    def test_fetch(self):
+        with Served({"/rel/x.zip": self.zip()}) as url:
+            for base in ("/rel", "/rel/"):
+                self.configure(releases={"http": url + base})
+                self.c2("unpack", "x.zip", "out")
+                self.assertEqual(self.read("out", "hello"), "world" * 10000)
+                shutil.rmtree(self.path("out"))
+            ran = self.c2("list-releases", code=1)
+            self.assertIn("can't be listed", ran.err)
+            self.assertIn("there is no release y.zip in " + url, self.c2("unpack", "y.zip", "out", code=1).err)
+        self.assertRegex(self.c2("unpack", "x.zip", "out", code=1).err, "error: http://127.0.0.1.*refused")
+
+    def test_what_servers_do(self):
+        whole = self.zip()
+
+        def short(handler):
+            handler.send_response(200)
+            handler.send_header("Content-Length", str(len(whole)))
+            handler.end_headers()
+            if handler.command == "GET":
+                handler.wfile.write(whole[:len(whole) // 2])
+
+        def short_chunk(handler):
+            handler.protocol_version = "HTTP/1.1"
+            handler.send_response(200)
+            handler.send_header("Transfer-Encoding", "chunked")
+            handler.end_headers()
+            if handler.command == "GET":
+                handler.wfile.write(b"%x\r\n%s" % (len(whole), whole[:99]))
+
+        def no_http(handler):
+            handler.wfile.write(b"SSH-2.0-x\r\n\r\n")
+
+        def redirect(handler):
+            handler.send_response(302)
+            handler.send_header("Location", "file:///etc/passwd")
+            handler.end_headers()
+        for answer, words in [(short, "ended after|IncompleteRead|bytes"), (short_chunk, "IncompleteRead|bytes"),
+                              (500, "the server says 500"), (403, "the server says 403"),
+                              (no_http, "SSH|HTTP|line"), (redirect, "302|redirect"),
+                              (b"<html>", "not a sound zip archive"), (b"", "not a sound zip archive")]:
+            with self.subTest(answer=answer), Served({"/x.zip": answer}) as url:
+                self.configure(releases={"http": url})
+                ran = self.c2("unpack", "x.zip", "out", code=1)
+                self.assertRegex(ran.err, words)
+                self.assertEqual(sorted(os.listdir(self.dir)), ["bin", "etc", "log.json", "releases"])
+
+    def test_time_out(self):
+        over = threading.Event()
+        self.addCleanup(over.set)
+
+        def begins(handler):
+            handler.send_response(200)
+            handler.send_header("Content-Length", "1000")
+            handler.end_headers()
+            handler.wfile.write(b"x")
+            over.wait(30)
+        with Served({"/silent": lambda handler: over.wait(30), "/begins": begins}) as url, \
+                mock.patch.object(c2, "HTTP_TIMEOUT_SECS", 0.2):
+            for path in ("/silent", "/begins"):
+                began = time.monotonic()
+                with self.assertRaisesRegex(c2.C2Error, "%s: .*timed out" % (url + path)):
+                    c2.fetch(c2.Choice("http", url + path), self.path("got"))
+                self.assertLess(time.monotonic() - began, 10)
+                self.assertEqual([n for n in os.listdir(self.dir) if "got" in n], [])
+
+    def test_a_half_download_never_replaces_a_whole_one(self):
+        with Served({"/a": "whole"}) as url:
+            c2.fetch(c2.Choice("http", url + "/a"), self.path("got"))
+        self.assertEqual(os.stat(self.path("got")).st_mode & 0o777, 0o600)
+        with Served({"/a": 500}) as url, self.assertRaises(c2.C2Error):
+            c2.fetch(c2.Choice("http", url + "/a"), self.path("got"))
+        with self.assertRaises(c2.Missing):
+            c2.fetch(c2.Choice("file", self.path("nowhere")), self.path("got"))
+        with mock.patch.dict(c2.FETCH, file=lambda source, to: self.write(to, "half") and 1 / 0):
+            with self.assertRaises(ZeroDivisionError):
+                c2.fetch(c2.Choice("file", "x"), self.path("got"))
+        self.assertEqual((self.read("got"), len([n for n in os.listdir(self.dir) if "got" in n])), ("whole", 1))
+
+
+@needs_bed
+class S3Store(Sandbox):
+    def setUp(self):
+        super().setUp()
+        self.bucket = Bucket(self)
+
+    def put_release(self, key):
+        self.release("up.zip", {"name": key})
+        with open(self.path("releases", "up.zip"), "rb") as f:
+            self.bucket.put(key, f.read())
+
+    def test_releases(self):
+        for key in ("rel/b.zip", "rel/deeper/no.zip", "relate.zip"):
+            self.put_release(key)
+        time.sleep(1.1)  # S3 tells whole seconds
+        self.put_release("rel/a.zip")
+        time.sleep(1.1)
+        self.put_release("rel/0.zip")
+        for url in (self.bucket.url + "/rel", self.bucket.url + "/rel/"):
+            self.configure(releases={"s3": url})
+            self.assertEqual(self.c2("list-releases").out.split(), ["0.zip", "a.zip", "b.zip"])
+        self.c2("unpack", "a.zip", "out")
+        self.assertEqual(self.read("out", "name"), "rel/a.zip")
+        ran = self.c2("unpack", "bb.zip", "out2", code=1)
+        self.assertIn("there is no release bb.zip in %s/rel/; did you mean b.zip?" % self.bucket.url, ran.err)
+        self.configure(releases={"S3": self.bucket.url})
+        self.assertEqual(self.c2("list-releases").out.split(), ["relate.zip"])
+        self.configure(releases={"s3": self.bucket.url + "/none"})
+        self.assertEqual(self.c2("list-releases").out, "")
+        self.configure(releases={"s3": self.bucket.url + "-none/x"})
+        self.assertRegex(self.c2("list-releases", code=1).err, "NoSuchBucket|does not exist")
+
+    def test_endpoint_of_camus2(self):
+        self.put_release("a.zip")
+        self.configure(releases={"s3": self.bucket.url})
+        env = {"S3_ENDPOINT": os.environ["AWS_ENDPOINT_URL"], "AWS_ENDPOINT_URL": "http://127.0.0.1:1"}
+        self.assertEqual(self.c2("list-releases", env=env).out, "a.zip\n")
+        ran = self.c2("list-releases", env=dict(env, S3_ENDPOINT="http://127.0.0.1:1"), code=1)
+        self.assertRegex(ran.err, "aws s3api .*exit 255: .*Could not connect")
+
+    def test_sources_and_secrets(self):
+        self.bucket.put("app.json", '{"name": "web"}')
+        arn = Bucket.aws("secretsmanager", "create-secret", "--name", self.bucket.name, "--secret-string",
+                         '{"password": "hush-hush"}')["ARN"]
+        binary = Bucket.aws("secretsmanager", "create-secret", "--name", self.bucket.name + "b",
+                            "--secret-binary", "eA==")["ARN"]
+        self.configure(configSources={"app": {"s3": self.bucket.url + "/app.json"}, "db": {"awsSecretArn": arn}})
+        self.c2("fetch-context")
+        self.assertEqual(json.loads(self.read("cache", "db.json")), {"password": "hush-hush"})
+        self.write("t.tpl", "{{app.name}}:{{db.password}}")
+        self.c2("expand-template", "t.tpl", "t")
+        self.assertEqual(self.read("t"), "web:hush-hush")
+        for source, words in [({"awsSecretArn": binary}, "binary"), ({"awsSecretArn": arn + "x"}, "is not there"),
+                              ({"s3": self.bucket.url + "/none.json"}, "fetch-context --retry")]:
+            self.configure(configSources={"app": source})
+            self.assertIn(words, self.c2("fetch-context", code=1).err)
+        self.assertEqual(json.loads(self.read("cache", "app.json")), {"name": "web"})
+
+    def test_without_aws(self):
+        self.configure(releases={"s3": self.bucket.url})
+        self.assertIn("aws is not on PATH; install it", self.c2("list-releases", code=1, env={"PATH": "/bin"}).err)
+
+    def test_docker_login(self):
+        out = self.c2("aws-docker-login-cmd").out
+        self.assertRegex(out, r"^docker login -u AWS -p \S+ [0-9]+\.dkr\.ecr\.[a-z0-9.-]+\n$")
+        self.assertIn("123456789012", self.c2("aws-docker-login-cmd", "123456789012").out)
+
+
+class Context(Sandbox):
+    """Config sources and their cache."""
+
+    def test_fetch(self):
+        self.write("src/a.json", {"x": 1})
+        with Served({"/b.json": '{"y": "two"}'}) as url:
+            self.configure(configSources={"a": {"file": "../src/a.json"}, "b": {"http": url + "/b.json"}})
+            ran = self.c2("fetch-context", umask=0)
+        self.assertEqual(ran.out, "")
+        self.assertEqual(os.stat(self.path("cache")).st_mode & 0o777, 0o700)
+        for name, value in (("a", {"x": 1}), ("b", {"y": "two"})):
+            self.assertEqual(json.loads(self.read("cache", name + ".json")), value)
+            self.assertEqual(os.stat(self.path("cache", name + ".json")).st_mode & 0o777, 0o600)
+        self.assertEqual(sorted(os.listdir(self.path("cache"))), ["a.json", "b.json"])
+        self.write("t.tpl", "{{a.x}} {{{b.y}}} {{none}}\n", 0o750)
+        ran = self.c2("expand-template", "t.tpl", "t")
+        self.assertEqual((self.read("t"), os.stat(self.path("t")).st_mode & 0o777), ("1 two \n", 0o750))
+        self.assertIn("warning: t.tpl:1: {{none}} names nothing", ran.err)
+
+    def test_a_cache_that_others_could_read_is_closed(self):
+        self.write("src/a.json", {})
+        os.mkdir(self.path("cache"))
+        os.chmod(self.path("cache"), 0o755)
+        self.configure(configSources={"a": {"file": "../src/a.json"}})
+        self.c2("fetch-context")
+        self.assertEqual(os.stat(self.path("cache")).st_mode & 0o777, 0o700)
+
+    def test_bad_sources_are_named_and_change_nothing(self):
+        self.configure(configSources={"app": {"file": "../src/a.json"}})
+        self.write("src/a.json", {"x": 1})
+        self.c2("fetch-context")
+        for content, words in [('{"secret": hush}', "not valid JSON.*line 1 column 12"), ('{"a":1,"a":2}', "twice"),
+                               ("[NaN]", "NaN"), (b"\xff\xfe", "UTF-8"), ("", "not valid JSON")]:
+            with open(self.path("src", "a.json"), "wb") as f:
+                f.write(content if isinstance(content, bytes) else content.encode())
+            ran = self.c2("fetch-context", code=1)
+            self.assertRegex(ran.err, "config source app .*a.json.*" + words if words != "UTF-8" else words)
+            self.assertNotIn("hush", ran.err)
+            self.assertEqual((os.listdir(self.path("cache")), self.read("cache", "app.json")),
+                             (["app.json"], '{"x": 1}'))
+        os.unlink(self.path("src", "a.json"))
+        self.assertIn("the config source app is not there", self.c2("fetch-context", code=1).err)
+
+    def test_not_fetched(self):
+        self.configure(configSources={"app": {"file": "../src/a.json"}})
+        self.write("t.tpl", "")
+        self.assertIn("c2 fetch-context", self.c2("expand-template", "t.tpl", "t", code=1).err)
+        self.assertIn("no template none.tpl", self.c2("expand-template", "none.tpl", "t", code=1).err
+                      if not self.configure() else "")
+
+    def test_retry(self):
+        self.configure(configSources={"app": {"file": self.path("late.json")}})
+        config = c2.load_config(self.path("etc", "camus2.json"))
+        naps = []
+
+        def nap(seconds):
+            naps.append(seconds)
+            if len(naps) == 3:
+                self.write("late.json", {"x": 2})
+        with mock.patch.object(c2.time, "sleep", nap), contextlib.redirect_stderr(io.StringIO()) as said:
+            c2.fetch_context(c2.Host(config, c2.Log(config.log_file, "test")), retry=True)
+        self.assertEqual((naps, self.read("cache", "app.json")), ([10, 10, 10], '{"x": 2}'))
+        self.assertEqual(said.getvalue().count("waiting for the config source app"), 1)
+
+
+def link_info(name, mode=0o120777):
+    info = zipfile.ZipInfo(name)
+    info.external_attr = mode << 16
+    info.create_system = 3
+    return info
+
+
+class Unpacking(Sandbox):
+    """Archives, hostile and broken ones too. `self.unpack` gives what came out, or the error."""
+
+    def archive(self, *members, **options):
+        """members: (name or ZipInfo, content)."""
+        path = self.path("a.zip")
+        with warnings_off(), zipfile.ZipFile(path, "w", **options) as z:
+            for name, content in members:
+                z.writestr(name, content)
+        return path
+
+    def unpack(self, path):
+        shutil.rmtree(self.path("in"), ignore_errors=True)
+        os.makedirs(self.path("in"))
+        c2.unpack_archive(path, self.path("in", "out"), "the release a.zip")
+
+    def refused(self, words, path):
+        with self.assertRaises(c2.C2Error) as caught:
+            self.unpack(path)
+        self.assertRegex(str(caught.exception), words)
+        self.assertIn("the release a.zip", str(caught.exception))
+        self.assertEqual(set(os.listdir(self.dir)), {"bin", "etc", "releases", "in", "a.zip"})
+        self.assertLessEqual(set(os.listdir(self.path("in"))), {"out"})
+
+    def test_modes(self):
+        script, plain, folder, suid = (zipfile.ZipInfo(n) for n in ("run.sh", "plain", "d/", "suid"))
+        script.external_attr, folder.external_attr = 0o100750 << 16, (0o40700 << 16) | 0x10
+        suid.external_attr = 0o106755 << 16
+        plain.create_system, plain.external_attr = 0, 0x20
+        before = os.umask(0o077)
+        self.addCleanup(os.umask, before)
+        self.unpack(self.archive((script, "x"), (plain, "y"), (folder, ""), ("e/f/g", "z"), (suid, "")))
+        self.assertEqual([os.stat(self.path("in", "out", name)).st_mode & 0o7777
+                          for name in ("", "run.sh", "plain", "d", "e", "e/f", "e/f/g", "suid")],
+                         [0o755, 0o750, 0o644, 0o700, 0o755, 0o755, 0o600, 0o755])
+
+    def test_links_inside(self):
+        self.unpack(self.archive(("d/e/file", "x"), (link_info("link"), "d/e/file"), (link_info("d/up"), "../link"),
+                                 (link_info("to-dir"), "d"), (link_info("dangling"), "later")))
+        self.assertEqual(self.read("in", "out", "d", "up"), "x")
+        self.assertEqual(os.readlink(self.path("in", "out", "dangling")), "later")
+
+    def test_hostile_members(self):
+        fifo, device = link_info("f", 0o010644), link_info("f", 0o060644)
+        for words, *members in [
+                ("not a path inside", ("../x", "")), ("not a path inside", ("/etc/x", "")),
+                ("not a path inside", ("a/../../x", "")), ("not a path inside", ("a//b", "")),
+                ("not a path inside", ("a\\..\\x", "")), ("not a path inside", ("./a", "")),
+                ("not a path inside", ("..", "")), ("not a path inside", ("/", "")),
+                ("leads out", (link_info("l"), "../x")), ("leads out", (link_info("l"), "/etc")),
+                ("leads out", (link_info("a/l"), "../../x")), ("leads out", (link_info("l"), "")),
+                ("leads out", (link_info("l"), "d/../../x")), ("leads out", (link_info("l"), "..")),
+                ("leads out", ("a/b/c", ""), (link_info("k"), "a/b"), (link_info("l"), "k/../../..")),
+                ("link and a directory", (link_info("l"), "d"), ("l/x", "")),
+                ("twice", ("l/x", ""), (link_info("l"), "d")),
+                ("file and a directory", ("a", ""), ("a/b", "")), ("twice", ("a/b", ""), ("a", "")),
+                ("twice", ("a", "1"), ("a", "2")), ("twice", (link_info("l"), "a"), ("l", "x")),
+                ("device", (fifo, "")), ("device", (device, "")),
+                ("target of", (link_info("l"), "x" * 5000))]:
+            with self.subTest(members=members):
+                self.refused(words, self.archive(*members))
+
+    def patched(self, field, value, *members):
+        """An archive with a field of its only central record, and of its local header, overwritten."""
+        path = self.archive(*(members or [("file", "content")]))
+        with open(path, "rb") as f:
+            data = bytearray(f.read())
+        at = data.index(b"PK\1\2")
+        size = {"flags": 2, "method": 2, "crc": 4, "packed": 4, "size": 4}[field]
+        for offset in (at + {"flags": 8, "method": 10, "crc": 16, "packed": 20, "size": 24}[field],
+                       {"flags": 6, "method": 8, "crc": 14, "packed": 18, "size": 22}[field]):
+            data[offset:offset + size] = value.to_bytes(size, "little")
+        with open(path, "wb") as f:
+            f.write(data)
+        return path
+
+    def test_damaged_fields(self):
+        self.refused("file is encrypted", self.patched("flags", 1))
+        for method in (1, 6, 9, 14, 93, 99):
+            self.refused("compress", self.patched("method", method))
+        self.refused("sound", self.patched("method", 8))
+        self.refused("sound", self.patched("method", 12))
+        self.refused("sound.*CRC", self.patched("crc", 1))
+        self.refused("sound", self.patched("size", 3))
+
+    def test_too_big_for_the_disk(self):
+        path = self.archive(("big", "x" * 100000), compression=zipfile.ZIP_DEFLATED)
+        real = os.statvfs(self.dir)
+        little = mock.Mock(f_bavail=20, f_frsize=4096)
+        with mock.patch.object(c2.os, "statvfs", lambda where: little):
+            self.refused("MB free; remove old deploys", path)
+        self.assertEqual(os.listdir(self.path("in")), [])
+        self.assertGreater(real.f_bavail, 0)
+        self.unpack(path)
+
+    def test_compressions(self):
+        for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2):
+            self.unpack(self.archive(("a", "text" * 1000), compression=method))
+            self.assertEqual(self.read("in", "out", "a"), "text" * 1000)
+
+    def test_nothing(self):
+        self.unpack(self.archive())
+        for content in (b"", b"PK", b"not a zip" * 100):
+            with open(self.path("a.zip"), "wb") as f:
+                f.write(content)
+            self.refused("not a sound zip archive", self.path("a.zip"))
+
+    def test_truncated_and_mutated(self):
+        rnd = random.Random(SEED)
+        for method in (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_STORED):
+            path = self.archive(("release.json", "{}"), ("d/app", bytes(rnd.getrandbits(8) for _ in range(400))),
+                                (link_info("l"), "d/app"), compression=method)
+            with open(path, "rb") as f:
+                whole = f.read()
+            for cut in range(0, len(whole), 23):
+                with open(path, "wb") as f:
+                    f.write(whole[:cut])
+                with self.subTest(cut=cut):
+                    self.refused("not a sound", path)
+            for n in range(150):
+                damaged = bytearray(whole)
+                for _ in range(rnd.randint(1, 3)):
+                    damaged[rnd.randrange(len(damaged))] = rnd.choice([0, 1, 255, rnd.getrandbits(8)])
+                with open(path, "wb") as f:
+                    f.write(damaged)
+                with self.subTest(seed=SEED, method=method, n=n):
+                    with contextlib.suppress(c2.C2Error):
+                        self.unpack(path)
+                    for root, dirs, files in os.walk(self.path("in")):
+                        self.assertEqual([n for n in dirs + files if not c2.inside(
+                            os.path.join(root, n), self.path("in"))], [])
+
+
+@contextlib.contextmanager
+def warnings_off():
+    import warnings
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+class Releases(Sandbox):
+    """`unpack`: what is made of a release and its templates."""
+
+    def setUp(self):
+        super().setUp()
+        self.write("src/app.json", {"name": "web", "html": "<a & b>"})
+        self.configure(configSources={"app": {"file": "../src/app.json"}})
+
+    def fails(self, words, files=None, **keys):
+        self.release("r.zip", files, **keys)
+        ran = self.c2("unpack", "r.zip", "out", code=1)
+        self.assertRegex(ran.err, words)
+        self.assertEqual([n for n in os.listdir(self.dir) if n.startswith("out")], [])
+        return ran
+
+    def test_expanded(self):
+        self.release("r.zip", {
+            "conf/a.conf.tpl": "{{>head}}{{app.name}} {{{app.html}}}\n{{app.html}}\n{{own.x}} {{ports.http}}\n",
+            "conf/head": "# {{own.x}}\n", "run.sh.tpl": "#!/bin/sh\n", "own.json": '{"x": "from the release"}',
+            "app2.json": '{"name": "loses"}', "untouched.tpl": "{{app.name}}"},
+            templates=["conf/a.conf.tpl", "run.sh.tpl"], configSources={"own": "own.json", "app": "app2.json"})
+        with zipfile.ZipFile(self.path("releases", "r.zip"), "a") as z:
+            info = zipfile.ZipInfo("x.sh.tpl")
+            info.external_attr = 0o100755 << 16
+            z.writestr(info, "{{app.name}}")
+            info = zipfile.ZipInfo("more.json")
+            z.writestr(info, "{}")
+        ran = self.c2("unpack", "r.zip", "deep/er/out", umask=0o077)
+        out = self.path("deep", "er", "out")
+        self.assertEqual(self.read(out, "conf", "a.conf"),
+                         "# from the release\nweb <a & b>\n&lt;a &amp; b&gt;\nfrom the release \n")
+        self.assertFalse(os.path.exists(os.path.join(out, "untouched")))
+        self.assertRegex(ran.err, r"conf/a.conf.tpl:2: .*escaping changed \{\{app.html\}\}.*\{\{\{app.html\}\}\}")
+        self.assertIn("conf/a.conf.tpl:3: {{ports.http}} names nothing", ran.err)
+        self.assertEqual(os.stat(out).st_mode & 0o777, 0o755)
+        self.assertFalse(os.path.exists(self.path("deploys")))
+        self.assertIn("not empty", self.c2("unpack", "r.zip", "deep/er/out", code=1).err)
+        self.assertEqual([n for n in os.listdir(self.path("deep", "er"))], ["out"])
+
+    def test_an_expanded_file_has_its_template_s_mode(self):
+        self.release("r.zip", templates=["x.sh.tpl"])
+        with zipfile.ZipFile(self.path("releases", "r.zip"), "a") as z:
+            info = zipfile.ZipInfo("x.sh.tpl")
+            info.external_attr = 0o100751 << 16
+            z.writestr(info, "echo {{app.name}}")
+        self.c2("unpack", "r.zip", "out", umask=0o077)
+        self.assertEqual(os.stat(self.path("out", "x.sh")).st_mode & 0o777, 0o751)
+
+    def test_bad_releases(self):
+        for words, files, keys in [
+                ("names none.tpl, which is not in the archive", None, {"templates": ["none.tpl"]}),
+                ("../../../etc/passwd.*not inside", None, {"templates": ["../../../etc/passwd"]}),
+                ("/etc/passwd.*not inside", None, {"templates": ["/etc/passwd"]}),
+                ("no extension to take off", {"plain": ""}, {"templates": ["plain"]}),
+                (r"a.tpl:2: \{\{#x\}\} is never closed", {"a.tpl": "\n{{#x}}"}, {"templates": ["a.tpl"]}),
+                (r"a.tpl:1: \{\{>no\}\} names a partial", {"a.tpl": "{{>no}}"}, {"templates": ["a.tpl"]}),
+                ("names a partial", {"t/a.tpl": "{{>../secret}}", "secret": "x"}, {"templates": ["t/a.tpl"]}),
+                ("names a partial", {"a.tpl": "{{>/etc/passwd}}"}, {"templates": ["a.tpl"]}),
+                ("startCommand: found 1, expected a string", None, {"startCommand": 1}),
+                ("templates: found", None, {"templates": "a.tpl"}),
+                ("configSources.own: there is no file|names own.json, which is not", None,
+                 {"configSources": {"own": "own.json"}}),
+                ("configSources.own.*not valid JSON", {"own.json": "{"}, {"configSources": {"own": "own.json"}}),
+                ("release.json.*not valid JSON", {"release.json": "{"}, {}),
+                ("release.json: the document: found", {"release.json": "[]"}, {})]:
+            with self.subTest(words=words):
+                self.fails(words, files, **keys)
+
+    def test_a_partial_or_template_that_is_a_link(self):
+        self.release("r.zip", {"t/a.tpl": "{{>p}}", "secret": "x"}, templates=["t/a.tpl"])
+        with zipfile.ZipFile(self.path("releases", "r.zip"), "a") as z:
+            z.writestr(link_info("t/p"), "../secret")
+        ran = self.c2("unpack", "r.zip", "out", code=1)
+        self.assertIn("names a partial", ran.err)
+
+    def test_no_release_json(self):
+        for members, words in [(["web/release.json", "web/app"], "but one in the folder web; pack what is in"),
+                               (["app"], "has no release.json at its root; it says"), ([], "no release.json")]:
+            with zipfile.ZipFile(self.path("releases", "n.zip"), "w") as z:
+                for name in members:
+                    z.writestr(name, "{}")
+            self.assertIn(words, self.c2("unpack", "n.zip", "out", code=1).err)
+
+    def test_unknown_keys_are_warned_of(self):
+        self.release("r.zip", startcommand="x", downloads=[])
+        err = self.c2("unpack", "r.zip", "out").err
+        self.assertIn("c2 does not know the key startcommand; did you mean startCommand?", err)
+        self.assertIn("c2 does not know the key downloads", err)
+
+    def test_a_zip_that_another_program_made(self):
+        if not shutil.which("zip"):
+            return
+        self.write("made/release.json", {"templates": []})
+        self.write("made/bin/run.sh", "x", 0o755)
+        os.symlink("run.sh", self.path("made", "bin", "link"))
+        subprocess.check_call(["zip", "-qry", self.path("releases", "z.zip"), "."], cwd=self.path("made"))
+        self.c2("unpack", "z.zip", "out")
+        self.assertEqual(os.stat(self.path("out", "bin", "run.sh")).st_mode & 0o777, 0o755)
+        self.assertEqual(os.readlink(self.path("out", "bin", "link")), "run.sh")
 
 
 # ----------------------------------------------------------------------------------------------------------
