@@ -294,6 +294,8 @@ class HealthCheck(NamedTuple):
 
 
 class ProxyMode(NamedTuple):
+    """`deployMode.proxy`."""
+
     end_points: mapping(label, record(EndPoint))
     remote_state_s3: optional(s3_url) = None
     dynamic_port_range: port_range = PortRange(8000, 8100)
@@ -309,6 +311,8 @@ class ProxyMode(NamedTuple):
 
 
 class Config(NamedTuple):
+    """The configuration; the annotations are the decoders, the defaults those of the manual."""
+
     releases: union(localdir=file_path, s3=s3_url, http=http_url)
     deploys_dir: file_path = "/opt/deploys"
     context_cache: file_path = "/opt/config"
@@ -2117,7 +2121,7 @@ def last_line(output: str) -> str:
 def await_command(host: Host, process: Any, follower: Follower, deploy: Deploy, kind: str) -> int:
     """Wait for a release's command and show its output; gives its exit code."""
     import subprocess
-    began, hinted, pause = time.monotonic(), kind == "stop", 0.005
+    began, hinted, pause = time.monotonic(), kind != "start", 0.005
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
             return process.wait(pause)
@@ -2129,7 +2133,7 @@ def await_command(host: Host, process: Any, follower: Follower, deploy: Deploy, 
                                 124, follower.last())
         if not hinted and passed > HINT_AFTER_SECS:
             hinted = True
-            say(f"{deploy.label}: the {kind} command still runs; c2 waits until it returns (docker compose "
+            say(f"{deploy.label}: the start command still runs; c2 waits until it returns (docker compose "
                 f"up -d, or a server in the background); c2 stop {deploy.label} elsewhere ends it")
 
 
@@ -2487,6 +2491,7 @@ def unpack_archive(path: str, directory: str, what: str) -> None:
 
 
 def write_members(archive: Any, members: List[Member], directory: str, what: str) -> None:
+    """Write checked members into a directory: files, then links, and modes of directories last."""
     import shutil
     for member in members:
         to = os.path.join(directory, member.name)
@@ -3541,6 +3546,7 @@ def cmd_start(host: Host, args: Any) -> None:
 
 
 def start_release(host: Host, release: str, name: str, wait: float) -> None:
+    """Deploy a release under the label `name`, by the rules of `start_actions`."""
     config = host.config
     release_name(release, At("RELEASE", "", say))
     check_label(name, State())
@@ -3561,6 +3567,7 @@ def start_release(host: Host, release: str, name: str, wait: float) -> None:
 
 
 def cmd_stop(host: Host, args: Any) -> None:
+    """Stop a deploy; a start of it that is under way is cancelled instead."""
     config, begun = host.config, {}
 
     def cancels(holder: dict) -> bool:
@@ -3675,6 +3682,7 @@ def cmd_list_releases(host: Host, args: Any) -> None:
 
 
 def cmd_show_log(host: Host, args: Any) -> None:
+    """Print the log, as it is stored or a line for each event with the output of failed commands below."""
     from collections import deque
     path = host.config.log_file
 
@@ -3780,6 +3788,17 @@ def argument(*names: str, **settings: Any) -> Argument:
     return Argument(names, settings)
 
 
+def amount(kind: Any) -> Callable:
+    """argparse type: a number that is not negative."""
+    def decode(given: str) -> Any:
+        value = kind(given)
+        if not value >= 0:
+            raise ValueError(given)
+        return value
+    decode.__name__ = "number"      # for argparse's message
+    return decode
+
+
 class Command(NamedTuple):
     """A command: its function, what it does in one line, an example, its arguments; `host`: whether it needs
     one."""
@@ -3791,7 +3810,7 @@ class Command(NamedTuple):
     host: bool = True
 
 
-LOCK_WAIT = argument("--lock-wait", type=float, default=60, metavar="SECS",
+LOCK_WAIT = argument("--lock-wait", type=amount(float), default=60, metavar="SECS",
                      help="how long to wait for another c2 on this host (default: 60)")
 FORCE = argument("--force", action="store_true", help="connect even a deploy that does not answer")
 JSON = argument("--json", "--json-output", action="store_true", dest="json", help="print JSON")
@@ -3820,7 +3839,7 @@ COMMANDS = {
     "list-releases": Command(cmd_list_releases, "list the releases in the store, newest first",
                              "c2 list-releases", [JSON]),
     "show-log": Command(cmd_show_log, "show what c2 has done", "c2 show-log -n 20 --follow", [
-        argument("-n", type=int, dest="number", metavar="N", help="only the last N entries"),
+        argument("-n", type=amount(int), dest="number", metavar="N", help="only the last N entries"),
         argument("--follow", action="store_true", help="go on with new entries"),
         argument("--json", action="store_true", help="print the entries as they are stored")]),
     "fetch-context": Command(cmd_fetch_context, "download the config sources into the context cache",
@@ -3901,6 +3920,7 @@ Blue/green:
 
 
 def parser() -> Any:
+    """The argparse parser of all commands, made from COMMANDS."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
@@ -3974,20 +3994,26 @@ def main(argv: Optional[List[str]] = None) -> int:
     except BrokenPipeError:
         sys.stdout = None       # whoever read the output has gone; nothing is left to flush
         return 141
-    except C2Error as e:
-        problem, code = str(e), e.code
-    except OSError as e:
-        problem, code = f"{e.filename or 'the system'}: {e.strerror or e}", 1
     except Exception as e:
-        problem, code = f"internal error, please report it: {type(e).__name__}: {e}; --debug shows where", 1
+        if debug:
+            import traceback
+            traceback.print_exc()
+        problem, code = problem_of(e)
+        say(f"error: {problem}")
+        return code
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
-    if debug:
-        import traceback
-        traceback.print_exc()
-    say(f"error: {problem}")
-    return code
+
+
+def problem_of(error: Exception) -> tuple:
+    """What is said of an error that ends c2, and its exit code."""
+    if isinstance(error, C2Error):
+        return str(error), error.code
+    if isinstance(error, OSError):
+        return f"{error.filename2 or error.filename or 'the system'}: {error.strerror or error}", 1
+    what = f"{type(error).__name__}: {error}"
+    return f"internal error, please report it: {what}; --debug shows where", 1
 
 
 if __name__ == "__main__":

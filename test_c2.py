@@ -2287,6 +2287,608 @@ class Releases(Sandbox):
 # ----------------------------------------------------------------------------------------------------------
 
 
+# A release that leaves marks: each command adds a line to `ran` beside the deploys.
+MARKED = {kind + "Command": "echo %s $C2_DEPLOY $C2_RELEASE >> ../../ran; readlink ../current > ../../%s.current"
+          % (kind, kind) for kind in ("start", "stop")}
+MARKED["prestartCommand"] = "echo prestart $C2_DEPLOY >> ../../../ran"
+
+
+class OneHost(Sandbox):
+    """Helpers for deploys without the proxy."""
+
+    def setUp(self):
+        super().setUp()
+        self.configure()
+
+    def marked(self, name, **keys):
+        self.release(name, {"version": name}, **dict(MARKED, **keys))
+
+    def ran(self):
+        """What the releases' commands have said since the last call."""
+        path = self.path("ran")
+        if not os.path.exists(path):
+            return []
+        with open(path) as f:
+            lines = f.read().splitlines()
+        os.unlink(path)
+        return lines
+
+    def current(self):
+        try:
+            return os.readlink(self.path("deploys", "current"))
+        except OSError:
+            return None
+
+    def snapshot(self):
+        """All that must be as before after a failure: state, link, the deploys' files."""
+        found = {}
+        for root, dirs, files in os.walk(self.path("deploys")):
+            dirs[:] = [d for d in dirs if d not in ("output", ".staging", ".old")]
+            for name in files:
+                if name not in ("lock",):
+                    found[os.path.join(root, name)] = self.read(root, name)
+        return found, self.current(), os.listdir(self.path("deploys", ".staging"))
+
+    def start_foreground(self, name, *args, **keys):
+        """Start a c2 whose release `name` stays in one of its commands until it is ended."""
+        process = self.start_c2("start", name, *args)
+        self.addCleanup(process.stdout.close)
+        self.addCleanup(process.stderr.close)
+        self.addCleanup(process.wait)
+        self.addCleanup(lambda: process.poll() is None and process.kill())
+        wait_for(lambda: os.path.exists(self.path("in-front")), what="the command in the foreground")
+        return process
+
+    FRONT = "echo $$ > %s; trap 'rm -f %s; exit 0' TERM; while :; do sleep 0.05; done"
+
+    def front(self):
+        """A command that stays in the foreground, and leaves no file in-front when it ends by SIGTERM."""
+        path = self.path("in-front")
+        return self.FRONT % (path, path)
+
+
+class NoProxy(OneHost):
+    def test_start_replace_stop(self):
+        self.marked("one-1.0.zip")
+        self.marked("two-1.0.zip")
+        ran = self.c2("start", "one-1.0.zip")
+        self.assertEqual(ran.out, "")
+        self.assertEqual(self.ran(), ["prestart one-1.0", "start one-1.0 one-1.0.zip"])
+        self.assertEqual((self.current(), self.read("start.current")), ("one-1.0", "one-1.0\n"))
+        self.assertEqual(self.read("deploys", "current", "version"), "one-1.0.zip")
+        self.assertEqual((self.state()["deploys"], self.state()["connections"]),
+                         ({"one-1.0": {"label": "one-1.0", "release": "one-1.0.zip", "port": 0}}, {}))
+        self.c2("start", "two-1.0.zip", "web")
+        self.assertEqual(self.ran(), ["prestart web", "stop one-1.0 one-1.0.zip", "start web two-1.0.zip"])
+        self.assertEqual((self.read("stop.current"), self.read("start.current")), ("one-1.0\n", "web\n"))
+        self.assertEqual(list(self.state()["deploys"]), ["web"])
+        self.assertEqual(sorted(os.listdir(self.path("deploys"))),
+                         [".old", ".staging", "current", "frontend-proxy", "one-1.0", "web"])
+        self.assertIn("web (two-1.0.zip)", self.c2("status").out)
+        self.assertIn("there are: web", self.c2("stop", "one-1.0", code=3).err)
+        self.c2("stop", "two-1.0")          # a release's name does too, with and without its extension
+        self.assertEqual(self.ran(), ["stop web two-1.0.zip"])
+        self.assertEqual((self.current(), self.state()["deploys"]), (None, {}))
+        self.assertTrue(os.path.isdir(self.path("deploys", "web")))
+        self.assertIn("there are: none", self.c2("stop", "web", code=3).err)
+
+    def test_same_release_again(self):
+        self.marked("a.zip")
+        self.c2("start", "a.zip")
+        self.ran()
+        self.release("a.zip", {"version": "new"}, **MARKED)
+        self.c2("start", "a.zip")
+        self.assertEqual(self.ran(), ["prestart a", "stop a a.zip", "start a a.zip"])
+        self.assertEqual(self.read("deploys", "current", "version"), "new")
+        self.assertEqual(os.listdir(self.path("deploys", ".old")), [])
+
+    def test_rollback(self):
+        self.assertIn("no other release has run", self.c2("rollback", code=3).err)
+        self.marked("a.zip")
+        self.marked("b.zip")
+        self.c2("start", "a.zip")
+        self.c2("start", "b.zip", "bee")
+        self.c2("rollback")
+        self.assertEqual(self.current(), "a")
+        self.c2("rollback")
+        self.assertEqual((self.current(), self.state()["deploys"]["bee"]["release"]), ("bee", "b.zip"))
+        self.c2("stop", "bee")
+        self.c2("rollback")
+        self.assertEqual(self.current(), "bee")
+        self.assertIn("no endpoints", self.c2("rollback", "main", code=3).err)
+        for args in (("connect", "a"), ("disconnect", "main"), ("restart-frontend-proxy",)):
+            self.assertIn("needs the proxy", self.c2(*args, code=2).err)
+
+    def test_what_camus2_left_is_adopted(self):
+        self.write("deploys/old-1/release.json", {"stopCommand": "echo stopped old >> ../../ran"})
+        os.symlink(self.path("deploys", "old-1"), self.path("deploys", "current"))
+        self.assertIn("old-1 (old-1.zip)", self.c2("status").out)
+        self.marked("new.zip")
+        self.c2("start", "new.zip")
+        self.assertEqual(self.ran(), ["prestart new", "stopped old", "start new new.zip"])
+        self.assertEqual(self.current(), "new")
+
+    def test_what_camus2_left_is_stopped(self):
+        self.write("deploys/old-1/release.json", {"stopCommand": "echo stopped old >> ../../ran"})
+        os.symlink(self.path("deploys", "old-1"), self.path("deploys", "current"))
+        self.c2("stop", "old-1.zip")
+        self.assertEqual((self.ran(), self.current()), (["stopped old"], None))
+
+    def test_environment_and_place_of_the_commands(self):
+        show = "env | grep ^C2_ > %s; pwd >> %s; umask >> %s"
+        path = self.path("seen")
+        self.release("a.zip", startCommand=show % (path, path, path), prestartCommand="pwd; echo out; echo err >&2")
+        ran = self.c2("start", "a.zip", umask=0o027)
+        self.assertEqual(self.read("seen").splitlines(),
+                         ["C2_RELEASE=a.zip", "C2_DEPLOY=a", self.path("deploys", "a"), "0027"])
+        self.assertIn("\n%s\nout\nerr\n" % self.path("deploys", ".staging", "a"), ran.err)
+        output = self.path("deploys", "frontend-proxy", "output", "a.log")
+        self.assertEqual(os.stat(output).st_mode & 0o777, 0o600)
+        for path in ("deploys", "deploys/a", "deploys/frontend-proxy"):
+            self.assertEqual(os.stat(self.path(path)).st_mode & 0o777, 0o755, path)
+
+    def test_umask(self):
+        self.release("a.zip", {"d/e": "x", "t.tpl": "y"}, templates=["t.tpl"])
+        self.c2("start", "a.zip", umask=0o077)
+        modes = {name: oct(os.stat(self.path("deploys", name)).st_mode & 0o777) for name in (
+            ".", "a", "a/d", "a/d/e", "a/t", "a/t.tpl", "frontend-proxy", "frontend-proxy/state.json")}
+        self.assertEqual([modes[n] for n in (".", "a", "a/d", "frontend-proxy")], ["0o755"] * 4)
+        self.assertEqual([modes[n] for n in ("a/d/e", "a/t", "a/t.tpl")], ["0o600"] * 3)  # as in the archive
+        self.assertEqual(modes["frontend-proxy/state.json"], "0o644")
+
+    def test_a_server_in_the_background_neither_hangs_c2_nor_dies(self):
+        self.release("a.zip", startCommand="(while :; do echo alive; sleep 0.05; done) & echo $! > ../../pid",
+                     stopCommand="kill $(cat ../../pid)")
+        began = time.monotonic()
+        self.c2("start", "a.zip")
+        self.assertLess(time.monotonic() - began, 10)
+        pid = int(self.read("pid"))
+        self.addCleanup(lambda: os.path.exists("/proc/%d" % pid) and os.kill(pid, signal.SIGKILL))
+        output = self.path("deploys", "frontend-proxy", "output", "a.log")
+        size = os.stat(output).st_size
+        wait_for(lambda: os.stat(output).st_size > size, what="more output of the server")
+        self.c2("stop", "a")
+        wait_for(lambda: c2.start_time(pid) == "", what="the end of the server")
+
+    def test_the_terminal_sees_the_output_while_it_comes(self):
+        self.release("a.zip", startCommand="echo first; while ! [ -e ../../go ]; do sleep 0.02; done; echo last")
+        process = self.start_c2("start", "a.zip")
+        self.addCleanup(process.kill)
+        self.read_until(process.stderr, b"first\n")
+        self.assertIsNone(process.poll())
+        self.write("go", "")
+        ran = self.finish(process)
+        self.assertEqual(ran.code, 0)
+        self.assertIn("last\n", ran.err)
+
+    def test_log_and_status(self):
+        self.assertIn("no log yet", self.c2("show-log").err)
+        self.assertEqual(self.c2("status").out, "Deploys:\n  (none)\n")
+        self.marked("a.zip")
+        self.c2("start", "a.zip")
+        self.release("bad.zip", startCommand="echo one; echo two; exit 7")
+        self.c2("start", "bad.zip", code=1)
+        for entry in self.log():
+            self.assertRegex(entry["time"], r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$")
+            self.assertEqual([type(entry[k]) for k in ("level", "pid", "user", "command", "event", "message")],
+                             [str, int, str, str, str, str])
+        done, = [e for e in self.log() if e["event"] == "done"]
+        self.assertEqual((done["command"], done["release"], done["deploy"]), ("start a.zip", "a.zip", "a"))
+        self.assertIsInstance(done["seconds"], float)
+        failed, = [e for e in self.log() if e["event"] == "failed"]
+        self.assertEqual((failed["level"], failed["exit"], failed["output"]), ("error", 7, "one\ntwo"))
+        shown = self.c2("show-log").out
+        self.assertRegex(shown, r"(?m)^20\S+Z info +start a.zip: start a done$")
+        self.assertIn("\n    | one\n    | two\n", shown)
+        self.assertEqual(self.c2("show-log", "--json").out, self.read("log.json"))
+        self.assertEqual(self.c2("show-log", "--json", "-n", "2").out.splitlines(),
+                         self.read("log.json").splitlines()[-2:])
+        self.assertEqual(self.c2("show-log", "-n", "0").out, "")
+        for bad in ("-1", "x", "1.5"):
+            self.assertIn("-n", self.c2("show-log", "-n", bad, code=2).err)
+        with open(self.path("log.json"), "a") as f:
+            f.write("not json\n3\n")
+        self.assertTrue(self.c2("show-log", "-n", "2").out, "not json\n3\n")
+        answer = json.loads(self.c2("status", "--json").out)
+        self.assertEqual(answer, json.loads(self.c2("status", "--json-output").out))
+        self.assertEqual(answer["master"]["deploys"], {"a": {"label": "a", "release": "a.zip", "port": 0}})
+        self.assertRegex(self.c2("status").out, r"^Deploys:\n  a \(a.zip\): since \d{4}-\d\d-\d\d \d\d:\d\d UTC\n$")
+
+    def read_until(self, pipe, words):
+        """Read from a pipe until these words have come."""
+        import select
+        seen = b""
+        while words not in seen:
+            self.assertTrue(select.select([pipe], [], [], 60)[0], seen)
+            chunk = os.read(pipe.fileno(), 65536)
+            self.assertTrue(chunk, seen)
+            seen += chunk
+
+    def test_follow(self):
+        self.write("log.json", "zeroth\nfirst\n")
+        process = self.start_c2("show-log", "--follow", "-n", "1")
+        self.addCleanup(process.kill)
+        self.read_until(process.stdout, b"first\n")
+        self.marked("a.zip")
+        self.c2("start", "a.zip")
+        self.read_until(process.stdout, b"start a done")
+        process.send_signal(signal.SIGINT)
+        ran = self.finish(process)
+        self.assertEqual((ran.code, ran.err.count("\n")), (130, 1), ran)
+
+    def test_a_log_that_cannot_be_written_is_one_warning(self):
+        self.configure(logFile="../bin/c2/log")
+        self.marked("a.zip")
+        err = self.c2("start", "a.zip").err
+        self.assertEqual(err.count("can't write the log"), 1)
+        self.assertEqual(self.current(), "a")
+
+    def test_stdout_holds_only_data(self):
+        self.release("a.zip", startCommand="echo to-stdout", stopCommand="echo to-stdout")
+        for args in (["start", "a.zip"], ["start", "a.zip"], ["unpack", "a.zip", "out"], ["fetch-context"],
+                     ["stop", "a"]):
+            self.assertEqual(self.c2(*args).out, "", args)
+
+    def test_many_at_once(self):
+        for n in range(20):
+            self.release("r%d.zip" % n, startCommand="[ ! -e ../../busy ] || echo overlap >> ../../bad; "
+                         "touch ../../busy; sleep 0.02; rm ../../busy; echo %d >> ../../order" % n)
+        started = [self.start_c2("start", "r%d.zip" % n, "--lock-wait", "300") for n in range(20)]
+        ends = [self.finish(process, 300) for process in started]
+        self.assertEqual([ran.code for ran in ends], [0] * 20, ends)
+        self.assertFalse(os.path.exists(self.path("bad")))
+        self.assertEqual(list(self.state()["deploys"]), ["r" + self.read("order").split()[-1]])
+        self.assertEqual(sorted(map(int, self.read("order").split())), list(range(20)))
+        self.assertEqual(self.current(), "r" + self.read("order").split()[-1])
+        self.assertTrue(any("waiting for c2 start r" in ran.err for ran in ends))
+        self.assertEqual(len([e for e in self.log() if e["event"] == "done"]), 20)
+
+    def test_lock_wait(self):
+        self.release("a.zip", startCommand=self.front())
+        self.marked("b.zip")
+        self.start_foreground("a.zip")
+        ran = self.c2("start", "b.zip", "--lock-wait", "0.3", code=3)
+        self.assertRegex(ran.err, r"c2 start a.zip \(pid \d+, in step start\) still works .* --lock-wait")
+        self.assertIn("under way: create a (step start", self.c2("status").err)
+        for bad in ("-1", "nan", "x"):
+            self.c2("start", "b.zip", "--lock-wait", bad, code=2)
+
+
+class NoProxyFailures(OneHost):
+    """Whatever fails: what ran still runs, the state is as before, one sentence says why."""
+
+    def setUp(self):
+        super().setUp()
+        self.marked("good.zip")
+        self.c2("start", "good.zip")
+        self.ran()
+        self.before = self.snapshot()
+
+    def fails(self, words, *args, code=1, ran=(), **options):
+        found = self.c2(*args, code=code, **options)
+        last = found.err.splitlines()[-1]
+        self.assertRegex(last, "^c2: error: " if code < 100 else "^c2: interrupted")
+        self.assertRegex(found.err, words)
+        self.assertEqual(self.ran(), list(ran))
+        self.assertEqual(self.snapshot(), self.before)
+        self.assertFalse(os.path.exists(self.path("deploys", "frontend-proxy", "journal.json")))
+        self.assertEqual(json.loads(self.c2("status", "--json").out)["master"]["deploys"],
+                         {"good": {"label": "good", "release": "good.zip", "port": 0}})
+        return found
+
+    def test_before_the_stop_the_running_release_never_notices(self):
+        self.release("prestart.zip", prestartCommand="echo said; exit 3")
+        self.fails(r"prestart: the prestart command \(echo said; exit 3\) exited 3: said", "start", "prestart.zip")
+        self.release("signal.zip", prestartCommand="kill -9 $$")
+        self.fails("was ended by signal 9, without a word", "start", "signal.zip")
+        self.release("template.zip", templates=["none.tpl"])
+        self.fails("template.zip: release.json names none.tpl, which is not in the archive", "start",
+                   "template.zip")
+        self.write("releases/bad.zip", "PK, but no archive")
+        self.fails("the release bad.zip is not a sound zip archive", "start", "bad.zip")
+        self.fails("there is no release unknown.zip in .*; c2 list-releases", "start", "unknown.zip")
+        self.fails("RELEASE: ", "start", "../good.zip", code=2)
+        self.fails("can't be a deploy's label", "start", "good.zip", "current", code=2)
+        self.fails("can't be a deploy's label", "start", "good.zip", "../x", code=2)
+        self.release("source.zip")
+        self.configure(configSources={"app": {"file": "nowhere.json"}})
+        self.fails("config source app is not there", "start", "source.zip")
+
+    def test_failing_start(self):
+        self.marked("bad.zip", startCommand="echo starting; exit 9")
+        found = self.fails("bad: the start command .* exited 9: starting", "start", "bad.zip",
+                           ran=["prestart bad", "stop good good.zip", "stop bad bad.zip", "start good good.zip"])
+        self.assertIn("good (good.zip) has been started again", found.err)
+        self.assertFalse(os.path.exists(self.path("deploys", "bad")))
+
+    def test_failing_start_of_the_same_release(self):
+        self.release("good.zip", {"version": "new"}, **dict(MARKED, startCommand="exit 9"))
+        self.fails("exited 9", "start", "good.zip", ran=["prestart good", "stop good good.zip",
+                                                         "stop good good.zip", "start good good.zip"])
+
+    def test_a_failing_stop_of_the_old_release_does_not_block(self):
+        self.marked("stubborn.zip", stopCommand="echo no; exit 5")
+        self.c2("start", "stubborn.zip")
+        self.ran()
+        self.marked("next.zip")
+        err = self.c2("start", "next.zip").err
+        self.assertRegex(err, "warning: stubborn: the stop command .* exited 5: no; going on")
+        self.assertEqual((self.ran(), self.current()), (["prestart next", "start next next.zip"], "next"))
+
+    def test_a_failing_stop(self):
+        self.marked("stubborn.zip", stopCommand="echo no; exit 5")
+        self.c2("start", "stubborn.zip")
+        self.ran()
+        ran = self.c2("stop", "stubborn", code=1)
+        self.assertRegex(ran.err, "exited 5: no; stubborn stays: .*c2 stop --force stubborn")
+        self.assertEqual((list(self.state()["deploys"]), self.current()), (["stubborn"], "stubborn"))
+        err = self.c2("stop", "--force", "stubborn").err
+        self.assertRegex(err, "warning: .*exited 5: no; removing it all the same")
+        self.assertEqual((self.state()["deploys"], self.current()), ({}, None))
+
+    def test_nothing_to_go_back_to(self):
+        self.c2("stop", "good")
+        self.ran()
+        self.marked("bad.zip", startCommand="exit 9")
+        self.c2("start", "bad.zip", code=1)
+        self.assertEqual((self.ran(), self.current(), self.state()["deploys"]),
+                         (["prestart bad", "stop bad bad.zip"], None, {}))
+        self.assertFalse(os.path.exists(self.path("deploys", "bad")))
+
+    def test_time_out(self):
+        self.configure(commandTimeoutSecs=0.4)
+        for kind, ran in (("prestart", []), ("start", ["prestart x", "stop good good.zip", "stop x x.zip",
+                                                       "start good good.zip"])):
+            self.marked("x.zip", **{kind + "Command": self.front()})
+            self.fails(r"x: the %s command has not ended after 0.4 s \(commandTimeoutSecs\)" % kind,
+                       "start", "x.zip", ran=ran)
+            self.assertFalse(os.path.exists(self.path("in-front")))
+
+    def test_interrupted(self):
+        for signum, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+            for kind, ran in (("prestart", []), ("start", ["prestart x", "stop good good.zip", "stop x x.zip",
+                                                           "start good good.zip"])):
+                self.marked("x.zip", **{kind + "Command": self.front()})
+                process = self.start_foreground("x.zip")
+                process.send_signal(signum)
+                done = self.finish(process)
+                self.assertEqual(done.code, code, done)
+                self.assertIn("interrupted by " + signal.Signals(signum).name, done.err)
+                self.assertFalse(os.path.exists(self.path("in-front")), "the command was not ended")
+                self.assertEqual((self.ran(), self.snapshot()), (ran, self.before))
+
+    def test_interrupted_in_the_stop(self):
+        self.marked("x.zip", stopCommand="[ -e ../../over ] || { %s; }" % self.front())
+        self.c2("start", "x.zip")
+        self.ran()
+        process = self.start_c2("stop", "x")
+        wait_for(lambda: os.path.exists(self.path("in-front")))
+        process.send_signal(signal.SIGTERM)
+        done = self.finish(process)
+        self.assertEqual(done.code, 143, done)
+        self.assertEqual((list(self.state()["deploys"]), self.current()), (["x"], "x"))
+        # The stop of an old release that is interrupted by the start of another starts it again.
+        self.marked("y.zip")
+        process = self.start_foreground("y.zip")
+        process.send_signal(signal.SIGINT)
+        done = self.finish(process)
+        self.assertEqual(done.code, 130, done)
+        self.assertEqual((self.ran(), self.current()), (["prestart y", "start x x.zip"], "x"))
+        self.write("over", "")
+        self.c2("stop", "x")
+
+    def test_stop_cancels_a_start_in_the_foreground(self):
+        self.release("front.zip", startCommand=self.front(), stopCommand="echo stopped >> ../../ran")
+        self.c2("stop", "good")
+        self.ran()
+        for name in ("front", "front.zip"):
+            process = self.start_foreground("front.zip")
+            stop = self.c2("stop", name)
+            self.assertIn("the start of front (front.zip) was cancelled", stop.err)
+            started = self.finish(process)
+            self.assertEqual(started.code, 143, started)
+            self.assertFalse(os.path.exists(self.path("in-front")))
+            self.assertEqual((self.ran(), self.current(), self.state()["deploys"]), (["stopped"], None, {}))
+
+    def test_hint_of_a_start_in_the_foreground(self):
+        self.release("slow.zip", startCommand="sleep 0.5", prestartCommand="sleep 0.5")
+        config = c2.load_config(self.path("etc", "camus2.json"))
+        args = mock.Mock(release="slow.zip", deploy=None, lock_wait=5)
+        with mock.patch.object(c2, "HINT_AFTER_SECS", 0.2), contextlib.redirect_stderr(io.StringIO()) as said:
+            c2.cmd_start(c2.Host(config, c2.Log(config.log_file, "start")), args)
+        self.assertEqual(said.getvalue().count("docker compose up -d"), 1)
+        self.assertRegex(said.getvalue(), "slow: the start command still runs; .*c2 stop slow elsewhere ends it")
+
+    def test_a_full_disk(self):
+        if os.geteuid() or not shutil.which("unshare"):
+            return self.full_disk_by_hand()
+        # c2 in a mount namespace of its own, with a small file system for the deploys.
+        self.release("big.zip", {"noise": "x" * 3000000})
+        self.release("fills.zip", startCommand="cat /dev/zero > fill; exit 1",
+                     stopCommand="echo stop fills >> %s" % self.path("ran"))
+        self.marked("small.zip", startCommand="echo start $C2_DEPLOY >> %s" % self.path("ran"))
+        script = ("set -e; mount -t tmpfs -o size=1m none deploys; C2='%s bin/c2'\n"
+                  "$C2 start small.zip; cat deploys/frontend-proxy/state.json > state1\n"
+                  "$C2 start big.zip 2> big.err && exit 91; echo $? > big.code\n"
+                  "$C2 start fills.zip 2> fills.err && exit 92; echo $? > fills.code\n"
+                  "cat deploys/frontend-proxy/state.json > state2; readlink deploys/current > link\n"
+                  "ls deploys/.staging deploys/.old deploys/frontend-proxy > left; ls deploys > names\n"
+                  % sys.executable)
+        os.rename(self.path("deploys"), self.path("deploys-of-before"))
+        os.mkdir(self.path("deploys"))
+        done = subprocess.run(["unshare", "--mount", "sh", "-c", script], cwd=self.dir, env=self.env,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.assertEqual(done.returncode, 0, done.stdout.decode())
+        self.assertEqual((self.read("big.code"), self.read("fills.code")), ("1\n", "1\n"))
+        self.assertRegex(self.read("big.err").splitlines()[-1],
+                         "^c2: error: .*(only 0 MB free; remove|No space left on device)")
+        self.assertRegex(self.read("fills.err").splitlines()[-1], "^c2: error: fills: the start command .*exited 1")
+        self.assertEqual(self.read("state1"), self.read("state2"))
+        self.assertEqual(self.read("link"), "small\n")
+        self.assertEqual([n for n in self.read("ran").split("\n") if n.startswith("start")],
+                         ["start small"] * 2)
+        self.assertNotIn("fills", self.read("names"))
+        self.assertNotIn("journal", self.read("left"))
+
+    def full_disk_by_hand(self):
+        self.marked("x.zip")
+        config = c2.load_config(self.path("etc", "camus2.json"))
+
+        def full(*args, **options):
+            raise OSError(28, "No space left on device")
+        with mock.patch.object(c2, "unpack_archive", full), contextlib.redirect_stderr(io.StringIO()):
+            self.assertEqual(c2.main(["--config", self.path("etc", "camus2.json"), "start", "x.zip"]), 1)
+        self.assertEqual((self.ran(), self.snapshot(), c2.load_state(config).last_port), ([], self.before, 0))
+
+
+class CommandLine(Sandbox):
+    def test_alone_under_another_name(self):
+        place = self.path("empty")
+        os.mkdir(place)
+        shutil.copy(C2, os.path.join(place, "c2"))
+        for args in (["help"], ["version"], ["--version"], ["--help"], ["show-default-nginx-config"]):
+            done = subprocess.run([sys.executable, "-I", os.path.join(place, "c2")] + args, cwd=place,
+                                  env={"PATH": ""}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            self.assertEqual((done.returncode, done.stderr), (0, b""), args)
+            self.assertTrue(done.stdout.strip())
+        self.assertEqual(os.listdir(place), ["c2"])
+        self.assertTrue(os.access(C2, os.X_OK))
+
+    def test_version_and_help(self):
+        self.assertEqual(self.c2("version").out, c2.VERSION + "\n")
+        self.assertEqual(self.c2("--version").out, c2.VERSION + "\n")
+        page = self.c2("help").out
+        for name, command in c2.COMMANDS.items():
+            with self.subTest(command=name):
+                ran = self.c2(name, "--help")
+                self.assertEqual(ran.err, "")
+                self.assertIn("Example: c2 " if "eval" not in command.example else "Example: ", ran.out)
+                self.assertIn(name, command.example)
+                self.assertIn("--config PATH", ran.out)
+                self.assertIn("  %s" % name, page)
+                for argument in command.arguments:
+                    self.assertIn(argument.names[0] if argument.names[0][0] == "-" else
+                                  argument.settings["metavar"], ran.out)
+        self.assertLess(max(map(len, page.splitlines())), 111)
+
+    def test_examples_parse(self):
+        import shlex
+        for name, command in c2.COMMANDS.items():
+            words = shlex.split(command.example.replace('eval "$(', "").replace(')"', "").split(" > ")[0])
+            self.assertEqual(c2.parser().parse_args(words[1:]).command, name)
+
+    def test_the_configurations_of_the_manual(self):
+        found = re.search(r"(?s)proxy:\n(  releases:.*?)and with it:\n(.*?)\n\nBlue", c2.MANUAL)
+        text = "\n".join(line[2:] for line in "".join(found.groups()).splitlines())
+        config, warnings = decoded(c2.parse_yaml(text))
+        self.assertEqual((list(config.end_points), config.proxy.dynamic_port_range, warnings), (["main"], (8000, 8100), []))
+
+    def test_wrong_usage(self):
+        for args, words in [([], "usage"), (["strat", "x"], "there is no command strat; did you mean start?"),
+                            (["zzz"], "there is no command zzz; see c2 --help"), (["start"], "RELEASE"),
+                            (["status", "x"], "unrecognized"), (["--nope"], "COMMAND|unrecognized|nope"),
+                            (["start", "a", "--lock-wait"], "--lock-wait"), (["unpack", "x"], "DIR")]:
+            ran = self.c2(*args, code=2)
+            self.assertRegex(ran.err, words)
+            self.assertEqual(ran.out, "")
+
+    def test_nobody_reads_the_output(self):
+        self.configure()
+        self.write("log.json", ("x" * 9999 + "\n") * 1000)     # more than any pipe holds
+        process = self.start_c2("show-log")
+        process.stdout.read(1)
+        process.stdout.close()
+        err = process.stderr.read()
+        process.stderr.close()
+        self.assertEqual((process.wait(), err), (141, b""))
+
+    def test_any_locale(self):
+        self.configure()
+        self.write("releases/caf\u00e9.zip", "")
+        ran = self.c2("list-releases", env={"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
+        self.assertEqual(ran.out, "caf\u00e9.zip\n")
+
+    def test_debug(self):
+        self.configure(releases={"localdir": "nowhere"})
+        ran = self.finish(self.start_c2("list-releases", "--debug"))
+        self.assertEqual(ran.code, 1)
+        self.assertIn("Traceback", ran.err)
+
+    def test_internal_errors_are_said_in_a_sentence(self):
+        with mock.patch.dict(c2.COMMANDS, version=c2.COMMANDS["version"]._replace(function=lambda *a: 1 / 0)), \
+                contextlib.redirect_stderr(io.StringIO()) as said:
+            self.assertEqual(c2.main(["version"]), 1)
+        self.assertRegex(said.getvalue(), "^c2: error: internal error, please report it: ZeroDivisionError.*\n$")
+
+
+class TheFileItself(unittest.TestCase):
+    """Promises that c2.py makes of its own text."""
+
+    def setUp(self):
+        with open(C2, encoding="utf-8") as f:
+            self.text = f.read()
+
+    def test_lines(self):
+        for number, line in enumerate(self.text.splitlines(), 1):
+            self.assertLessEqual(len(line), 110, number)
+            self.assertEqual(line, line.rstrip(), number)
+            self.assertNotIn("\t", line, number)
+
+    def test_imports_nothing_but_the_standard_library(self):
+        import ast
+        names = set()
+        for node in ast.walk(ast.parse(self.text)):
+            if isinstance(node, ast.Import):
+                names.update(alias.name.split(".")[0] for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                self.assertEqual(node.level, 0)
+                names.add(node.module.split(".")[0])
+        self.assertLessEqual(names, set(
+            "argparse base64 collections contextlib datetime difflib errno fcntl hashlib http json os pwd random re "
+            "select shlex shutil signal socket ssl stat string struct subprocess sys time traceback typing urllib "
+            "zipfile zlib".split()))
+
+    def test_only_main_catches_everything(self):
+        import ast
+        caught = []
+        for node in ast.walk(ast.parse(self.text)):
+            for inner in ast.walk(node) if isinstance(node, ast.FunctionDef) else ():
+                if isinstance(inner, ast.ExceptHandler) and (
+                        inner.type is None or getattr(inner.type, "id", "") == "Exception"):
+                    caught.append(node.name)
+        self.assertEqual(caught, ["main"])
+
+    def test_what_is_called_from_outside_is_documented(self):
+        import ast
+        for node in ast.parse(self.text).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                lines = 1 + max(getattr(n, "lineno", 0) for n in ast.walk(node)) - node.lineno
+                if lines > 15 or node.name in ("render_template", "parse_yaml", "main", "plan", "next_state"):
+                    self.assertTrue(ast.get_docstring(node), node.name)
+
+    def test_sections_stand_in_order(self):
+        titles = re.findall(r"(?m)^# -{50,}\n# (.+)$", self.text)
+        words = "errors Configuration YAML mustache planner Derived Files Running Stores Releases executor Commands line"
+        at = [next(i for i, title in enumerate(titles) if word in title) for word in words.split()]
+        self.assertEqual(at, sorted(at))
+
+    def test_a_command_loads_only_what_it_needs(self):
+        show = "import sys; sys.argv = ['c2'] + %r; import runpy\ntry: runpy.run_path(%r, run_name='__main__')\n" \
+               "except SystemExit: pass\nprint(' '.join(sys.modules), file=sys.stderr)"
+        for args in (["--version"], ["version"], ["help"]):
+            done = subprocess.run([sys.executable, "-I", "-S", "-c", show % (args, C2)], stdout=subprocess.PIPE,
+                                  stderr=subprocess.PIPE)
+            loaded = done.stderr.decode().split()
+            self.assertIn("argparse", loaded)
+            self.assertEqual([name for name in (
+                "zipfile", "urllib.request", "http.client", "ssl", "socket", "subprocess", "tempfile",
+                "difflib", "logging", "threading", "yaml", "hashlib", "traceback") if name in loaded], [], args)
+
+    def test_imports_as_a_module_without_effects(self):
+        done = subprocess.run([sys.executable, "-W", "error", "-c", "import c2; print(c2.render_template('{{a}}', "
+                               "{'a': 1}), c2.parse_yaml('a: 1'))"], cwd=HERE, stdout=subprocess.PIPE)
+        self.assertEqual(done.stdout, b"1 {'a': 1}\n")
+
 
 # ----------------------------------------------------------------------------------------------------------
 # One host with the proxy, on Docker
