@@ -1585,7 +1585,7 @@ def status_text(config: Config, state: State, runs: Dict[str, bool], certificate
 
 
 def tail(output: str, lines: int = OUTPUT_LINES) -> str:
-    return "\n".join(output.rstrip().splitlines()[-lines:])
+    return "\n".join(output.strip().splitlines()[-lines:])
 
 
 def secret_values(value: Any, secret: bool = False) -> List[str]:
