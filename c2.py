@@ -27,6 +27,7 @@ LABEL = r"[A-Za-z0-9][A-Za-z0-9._+-]*"
 RESERVED_LABELS = ("current", "frontend-proxy")
 HINT_AFTER_SECS = 10         # a start command that runs longer than this is probably not meant to
 END_GRACE_SECS = 12          # between SIGTERM and SIGKILL; docker compose itself gives its containers 10
+UNDO_STOP_SECS = 120         # for a stop command in an undo, which nobody can interrupt
 RELOAD_TIMEOUT_SECS = 10
 ASK_TIMEOUT_SECS = 3
 DOCKER_TIMEOUT_SECS = 600    # `docker compose up` may have to pull an image
@@ -3284,9 +3285,10 @@ def undo_launch(host: Host, journal: Journal, deploy: Deploy, old: Optional[Depl
     again."""
     config, place = host.config, host.config.path(deploy.label)
     stopped = journal.record.get("stopped")
+    brief = host._replace(command_timeout=min(host.command_timeout or UNDO_STOP_SECS, UNDO_STOP_SECS))
     if journal.record["step"] == "start":
         try:
-            run_command(host, journal, deploy, "stop", place)
+            run_command(brief, journal, deploy, "stop", place)
         except (C2Error, OSError) as e:
             host.log.warn("undo", f"{e}; something of it may be left running", deploy=deploy.label)
         journal.step("swap")
@@ -3302,7 +3304,7 @@ def undo_launch(host: Host, journal: Journal, deploy: Deploy, old: Optional[Depl
     if journal.record["step"] == "stop-old" and old and host_state(config).deploys.get(old.label) == old:
         if not stopped:     # or nobody knows
             with contextlib.suppress(C2Error, OSError):
-                run_command(host, journal, old, "stop", config.path(old.label))
+                run_command(brief, journal, old, "stop", config.path(old.label))
         run_command(host, journal, old, "start", config.path(old.label))
         host.log.warn("undo", f"{old.label} ({old.release}) has been started again", deploy=old.label,
                       release=old.release)

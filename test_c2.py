@@ -2377,7 +2377,7 @@ class OneHost(Sandbox):
         wait_for(lambda: os.path.exists(self.path("in-front")), what="the command in the foreground")
         return process
 
-    FRONT = "echo $$ > %s; trap 'rm -f %s; exit 0' TERM; while :; do sleep 0.05; done"
+    FRONT = "trap 'rm -f %s; exit 0' TERM; echo $$ > %s; while :; do sleep 0.05; done"
 
     def front(self):
         """A command that stays in the foreground, and leaves no file in-front when it ends by SIGTERM."""
@@ -2702,7 +2702,7 @@ class NoProxyFailures(OneHost):
                 self.assertEqual((self.ran(), self.snapshot()), (ran, self.before))
 
     def test_interrupted_in_the_stop(self):
-        self.marked("x.zip", stopCommand="[ -e ../../over ] || { %s; }" % self.front())
+        self.marked("x.zip", stopCommand="! mkdir ../../once || { %s; }" % self.front())
         self.c2("start", "x.zip")
         self.ran()
         process = self.start_c2("stop", "x")
@@ -2711,15 +2711,27 @@ class NoProxyFailures(OneHost):
         done = self.finish(process)
         self.assertEqual(done.code, 143, done)
         self.assertEqual((list(self.state()["deploys"]), self.current()), (["x"], "x"))
-        # The stop of an old release that is interrupted by the start of another starts it again.
+        # The stop of an old release, interrupted in the start of another, is finished before it runs again.
+        os.rmdir(self.path("once"))
         self.marked("y.zip")
         process = self.start_foreground("y.zip")
         process.send_signal(signal.SIGINT)
         done = self.finish(process)
         self.assertEqual(done.code, 130, done)
         self.assertEqual((self.ran(), self.current()), (["prestart y", "start x x.zip"], "x"))
-        self.write("over", "")
         self.c2("stop", "x")
+
+    def test_a_stop_that_hangs_does_not_hang_the_undo(self):
+        self.marked("x.zip", stopCommand=self.front())
+        self.c2("start", "x.zip")
+        self.ran()
+        config = c2.load_config(self.path("etc", "camus2.json"))
+        host, old, new = c2.Host(config, c2.Log(config.log_file, "x")), deploy("x", port=0), deploy("y", port=0)
+        journal = c2.new_journal(host, c2.Replace(old, new))
+        journal.step("stop-old")
+        with mock.patch.object(c2, "UNDO_STOP_SECS", 0.3), contextlib.redirect_stderr(io.StringIO()):
+            c2.undo(host, journal)
+        self.assertEqual(self.ran(), ["start x x.zip"])
 
     def test_stop_cancels_a_start_in_the_foreground(self):
         self.release("front.zip", startCommand=self.front(), stopCommand="echo stopped >> ../../ran")
