@@ -2726,7 +2726,8 @@ class NoProxyFailures(OneHost):
         self.c2("start", "x.zip")
         self.ran()
         config = c2.load_config(self.path("etc", "camus2.json"))
-        host, old, new = c2.Host(config, c2.Log(config.log_file, "x")), deploy("x", port=0), deploy("y", port=0)
+        host = c2.Host(config, c2.Log(config.log_file, "x"))
+        old, new = deploy("x", port=0), deploy("y", port=0)
         journal = c2.new_journal(host, c2.Replace(old, new))
         journal.step("stop-old")
         with mock.patch.object(c2, "UNDO_STOP_SECS", 0.3), contextlib.redirect_stderr(io.StringIO()):
