@@ -3171,7 +3171,7 @@ def check_presented(config: Config, chain: str, names: List[str]) -> None:
     import ssl
     leaf = re.search("-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", chain, re.S)
     wanted = ssl.PEM_cert_to_DER_cert(leaf.group() if leaf else "")
-    deadline, port = time.monotonic() + ASK_TIMEOUT_SECS, config.proxy.https_port
+    deadline, port = time.monotonic() + RELOAD_TIMEOUT_SECS, config.proxy.https_port
     for name in names:
         while presented(port, name) != wanted:
             if time.monotonic() > deadline:
@@ -3860,7 +3860,7 @@ and with it:
       endPoints:
         main:
           serverNames: [www.example.com]
-          etype: httpOnly
+          etype: httpOnly            # or {httpsWithRedirect: generated}, see generate-ssl-certificate
       dynamicPortRange: [8000, 8100]
 
 Blue/green:
