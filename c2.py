@@ -1524,7 +1524,7 @@ def certbot_reason(output: str) -> str:
     refused = re.findall(r"^ *(?:Domain|Identifier): *(.+)\n *Type: *(.+)\n *Detail: *(.+)", output, re.M)
     if refused:
         return "; ".join(f"{name}: {kind}: {detail.strip()}" for name, kind, detail in refused)
-    chatter = r"^(Saving debug log|Ask for help|An unexpected error occurred| Container |Traceback|- - -)"
+    chatter = r" (Container|Image) |Saving debug log|Ask for help|An unexpected error occurred|- - -"
     lines = [line.strip() for line in output.splitlines() if line.strip() and not re.match(chatter, line)]
     words = " ".join(dict.fromkeys(lines[-4:])) or "without a word"
     return words if len(words) <= 500 else words[:250] + " ... " + words[-250:]

@@ -1906,7 +1906,7 @@ Some challenges have failed."""
                 ("An unexpected error occurred:\n" + limit, limit), (email, email),
                 ("An unexpected error occurred:\n" + down, down),
                 (busy, busy), ("", "without a word")):
-            output = (" Container x-certbot Created \nSaving debug log to /var/log/letsencrypt.log\n"
+            output = (" Image x Pulling \n Container x-certbot Created \nSaving debug log to /var/log/x\n"
                       + said + "\nAsk for help or search for solutions at https://x. See the logfile.\n")
             self.assertEqual(c2.certbot_reason(output), reason)
         self.assertLess(len(c2.certbot_reason("x " * 2000)), 520)
