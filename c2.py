@@ -1536,7 +1536,7 @@ def certbot_reason(output: str) -> str:
     refused = re.findall(r"^ *(?:Domain|Identifier): *(.+)\n *Type: *(.+)\n *Detail: *(.+)", output, re.M)
     if refused:
         return "; ".join(f"{name}: {kind}: {detail.strip()}" for name, kind, detail in refused)
-    chatter = r"^(Saving debug log|Ask for help|An unexpected error occurred| Container |Traceback|- - -)"
+    chatter = r" (Container|Image) |Saving debug log|Ask for help|An unexpected error occurred|- - -"
     lines = [line.strip() for line in output.splitlines() if line.strip() and not re.match(chatter, line)]
     words = " ".join(dict.fromkeys(lines[-4:])) or "without a word"
     return words if len(words) <= 500 else words[:250] + " ... " + words[-250:]
@@ -3206,7 +3206,7 @@ def check_presented(config: Config, chain: str, names: List[str]) -> None:
     import ssl
     leaf = re.search("-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", chain, re.S)
     wanted = ssl.PEM_cert_to_DER_cert(leaf.group() if leaf else "")
-    deadline, port = time.monotonic() + ASK_TIMEOUT_SECS, config.proxy.https_port
+    deadline, port = time.monotonic() + RELOAD_TIMEOUT_SECS, config.proxy.https_port
     for name in names:
         while presented(port, name) != wanted:
             if time.monotonic() > deadline:
@@ -3910,7 +3910,7 @@ and with it:
       endPoints:
         main:
           serverNames: [www.example.com]
-          etype: httpOnly
+          etype: httpOnly            # or {httpsWithRedirect: generated}, see generate-ssl-certificate
       dynamicPortRange: [8000, 8100]
 
 Blue/green:

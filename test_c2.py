@@ -3853,7 +3853,7 @@ Some challenges have failed."""
                 ("An unexpected error occurred:\n" + limit, limit), (email, email),
                 ("An unexpected error occurred:\n" + down, down),
                 (busy, busy), ("", "without a word")):
-            output = (" Container x-certbot Created \nSaving debug log to /var/log/letsencrypt.log\n"
+            output = (" Image x Pulling \n Container x-certbot Created \nSaving debug log to /var/log/x\n"
                       + said + "\nAsk for help or search for solutions at https://x. See the logfile.\n")
             self.assertEqual(c2.certbot_reason(output), reason)
         self.assertLess(len(c2.certbot_reason("x " * 2000)), 520)
@@ -4081,11 +4081,11 @@ class CertificatesServed(Sandbox):
         shown = "{{.Id}} {{.State.StartedAt}}"
         return subprocess.check_output(["docker", "inspect", "-f", shown, "frontendproxy"])
 
-    def make_due(self):
+    def make_due(self, due=True):
         conf = self.path("opt/etc/letsencrypt/renewal/camus2cert.conf")
         with open(conf) as f:
             text = re.sub("(?m)^renew_before_expiry.*\n", "", f.read())
-        self.write(conf, "renew_before_expiry = 100 days\n" + text)
+        self.write(conf, ("renew_before_expiry = 100 days\n" if due else "") + text)
 
     @contextlib.contextmanager
     def load(self, host):
@@ -4271,6 +4271,7 @@ class CertificatesServed(Sandbox):
         with open(self.path("opt/etc/letsencrypt/renewal/camus2cert.conf")) as f:
             self.assertIn("server = https://localhost:14000/dir", f.read())
         before = self.session(hosts[0])[2]
+        self.make_due(False)
         self.https({"main": (hosts[:1], self.GENERATED)}, acmeServer="https://127.0.0.1:14000/dir")
         self.assertIn("is new", self.c2("generate-ssl-certificate").err)
         self.assertNotEqual(self.session(hosts[0])[2], before)
