@@ -36,6 +36,15 @@ DRAINED_SECS = 0.2           # without a connection; a busy nginx has read the l
 OUTPUT_LINES = 20            # of a failed command, kept in the log and the message
 UPSTREAMS_MAX = 2000         # a wider port range goes without kept connections to the apps
 RENEWAL_DAYS = 21            # certbot renews 30 days before the end; with fewer left something is wrong
+# Of a fleet. A slave writes its record every HEARTBEAT_SECS; one that has not for LIVE_SECS counts as gone.
+HEARTBEAT_SECS, LIVE_SECS, FLUSH_SECS = 60, 150, 300
+MASTER_TRIES = 30            # each is lost to another master's success
+WAIT_POLL_SECS = 2
+PRESIGN_SECS = 1800          # a presigned address is used for so long, and valid for twice that
+RETRY_SECS, RETRY_MAX_SECS = 5, 600     # before a failed action is tried again: it doubles each time
+STOP_TRIES = 3               # then a slave removes a deploy whose stop command fails all the same
+SLAVE_TIMEOUT_SECS = 900     # commandTimeoutSecs where nobody watches
+PORT_GRACE_SECS = 5
 
 
 class C2Error(Exception):
@@ -1053,12 +1062,9 @@ def plan(end_points: Any, old: State, new: State) -> list:
     def missing() -> list:
         return [d for _, d in sorted(new.deploys.items()) if at.deploys.get(d.label) != d]
 
-    def blockers(deploy: Deploy) -> list:
-        return [d for d in at.deploys.values() if d.label == deploy.label or d.port == deploy.port]
-
     def step() -> None:
         for deploy in missing():
-            if not blockers(deploy):
+            if not blockers(at, deploy):
                 do(Create(deploy))
         for end_point in sorted(set(at.connections) | set(wanted)):
             name = wanted.get(end_point)
@@ -1068,7 +1074,7 @@ def plan(end_points: Any, old: State, new: State) -> list:
                 do(Connect(end_point, name))
         for gone in sorted(d for d in at.deploys.values() if new.deploys.get(d.label) != d):
             if gone.label not in at.connections.values():
-                heir = [d for d in missing() if blockers(d) == [gone]]
+                heir = [d for d in missing() if blockers(at, d) == [gone]]
                 do(Replace(gone, heir[0]) if heir else Destroy(gone))
 
     while True:
@@ -1079,12 +1085,53 @@ def plan(end_points: Any, old: State, new: State) -> list:
         stuck = missing()
         if not stuck:
             return actions
-        held = {d.label for d in blockers(stuck[0])}
+        held = {d.label for d in blockers(at, stuck[0])}
         outages = [Disconnect(e) for e, name in sorted(at.connections.items()) if name in held]
         if not outages:
             raise C2Error(f"two deploys have port {stuck[0].port}: {stuck[0].label} and {sorted(held)}")
         for outage in outages:
             do(outage)
+
+
+def next_step(end_points: Any, old: State, new: State, barred: Callable[[Any], bool]) -> Any:
+    """The action to do now on the way from `old` to `new`; None when all that is left waits for what is
+    barred.
+
+    barred: tells whether an action has failed and is not due again. What does not build on such a one goes
+    on, and no endpoint is cut off for a deploy that can't be had.
+    """
+    actions = plan(end_points, old, new)
+    outages = [a for a in actions if is_outage(end_points, a, new)]
+    vain = {a.deploy.label for a in actions if isinstance(a, (Create, Replace)) and barred(a)}
+    vain &= {new.connections[a.end_point] for a in outages}
+    for action in actions:
+        if not barred(action) and possible(action, old, new) and not (vain and action in outages):
+            return action
+    return None
+
+
+def is_outage(end_points: Any, action: Any, new: State) -> bool:
+    """Whether a planned action takes an endpoint off that is to be served all the same."""
+    return (isinstance(action, Disconnect) and action.end_point in end_points
+            and action.end_point in new.connections)
+
+
+def possible(action: Any, state: State, new: State) -> bool:
+    """Whether an action of the plan to `new` can be done in `state`, even if those before it were not."""
+    if isinstance(action, Connect):
+        return state.deploys.get(action.label) == new.deploys[action.label]
+    if isinstance(action, Disconnect):
+        return action.end_point in state.connections
+    if isinstance(action, Create):
+        return not blockers(state, action.deploy)
+    gone = getattr(action, "old", action.deploy)
+    return (gone in state.deploys.values() and not connected_to(state, gone.label)
+            and (isinstance(action, Destroy) or blockers(state, action.deploy) == [gone]))
+
+
+def blockers(state: State, deploy: Deploy) -> List[Deploy]:
+    """The deploys of a state that have the label or the port of this one."""
+    return [d for d in state.deploys.values() if d.label == deploy.label or d.port == deploy.port]
 
 
 def find_deploy(state: State, name: str) -> Deploy:
@@ -2312,7 +2359,7 @@ def find_config(given: Optional[str]) -> str:
                       f"no {' or '.join(tried[:2])}; c2 help shows one to start from")
 
 
-def load_config(given: Optional[str]) -> Config:
+def load_config(given: Optional[str], warn: Callable[[str], None] = say) -> Config:
     """Find, fetch, parse and check the configuration; relative paths start from the directory of its file."""
     path = find_config(given)
     web = path.startswith(("http://", "https://"))
@@ -2339,7 +2386,7 @@ def load_config(given: Optional[str]) -> Config:
         raise ConfigError(f"the configuration {path} is not there: {e}") from None
     try:
         value = parse_json(source, "the document") if extension == ".json" else parse_yaml(source)
-        return decode_config(value, base, lambda message: say(f"warning: {path}: {message}"))
+        return decode_config(value, base, lambda message: warn(f"warning: {path}: {message}"))
     except ConfigError as e:
         raise ConfigError(f"{path}: {e}") from None
 
@@ -2666,6 +2713,22 @@ def await_ready(mode: ProxyMode, port: int) -> bool:
         if left <= 0:
             return False
         time.sleep(0.1)
+
+
+def check_ready(host: Host, state: State, end_point: str, deploy: Deploy, force: bool) -> Optional[str]:
+    """Say why a deploy is not ready to be connected, None when it is; Refused, but for force, where a deploy
+    that works would be traded for it."""
+    mode = host.config.proxy
+    if await_ready(mode, deploy.port):
+        return None
+    problem = (f"{deploy.label} does not answer GET {mode.ready_path or '/'} on port {deploy.port} within "
+               f"{mode.ready_timeout_secs:g} s (readyTimeoutSecs)")
+    now = state.deploys.get(state.connections.get(end_point, ""))
+    if now and now != deploy and not force and ready(mode, now.port):
+        insist = "" if host.config.remote else ", or insist with --force"
+        raise Refused(f"{problem}, and {end_point} stays on {now.label}, which does; look at its output in "
+                      f"{output_path(host.config, deploy.label)}{insist}")
+    return problem
 
 
 def connections_to(port: int) -> int:
@@ -3340,8 +3403,9 @@ def destroy(host: Host, journal: Journal, deploy: Deploy, force: bool) -> None:
                 run_command(host, journal, deploy, "stop", place)
         except C2Error as e:
             if not (force or again and not listening(deploy.port)):
-                raise CommandFailed(f"{e}; {deploy.label} stays: mend it and stop it again, or remove it all "
-                                    f"the same with c2 stop --force {deploy.label}",
+                mend = "" if config.remote else (": mend it and stop it again, or remove it all the same "
+                                                 f"with c2 stop --force {deploy.label}")
+                raise CommandFailed(f"{e}; {deploy.label} stays{mend}",
                                     output=getattr(e, "output", "")) from None
             host.log.warn("stop-failed", f"{e}; removing it all the same", deploy=deploy.label,
                           output=getattr(e, "output", ""))
@@ -3533,6 +3597,607 @@ def host_state(config: Config) -> State:
 
 
 # ----------------------------------------------------------------------------------------------------------
+# The fleet: the master's state in S3, the machines that follow it, and what they report
+# ----------------------------------------------------------------------------------------------------------
+
+def require_remote(config: Config, what: str) -> None:
+    if not config.remote:
+        raise ConfigError(f"{what} is for a fleet, but deployMode.proxy.remoteStateS3 is not configured")
+
+
+def remote_url(config: Config, *parts: str) -> str:
+    return "/".join([config.remote.rstrip("/"), *parts])
+
+
+def master_url(config: Config) -> str:
+    return remote_url(config, "master", "state.json")
+
+
+def s3_object(url: str) -> List[str]:
+    """The arguments that name an object to `aws s3api`."""
+    bucket, _, key = url[len("s3://"):].partition("/")
+    return ["--bucket", bucket, "--key", key]
+
+
+def decode_master(source: str, url: str) -> State:
+    """The master state in a document; C2Error unless it is one, and a machine can do what it says.
+
+    Stricter than a host's own: what a half-written document leaves out, every machine would take down.
+    """
+    try:
+        value = parse_json(source, url)
+    except ConfigError as e:
+        raise C2Error(str(e)) from None
+    absent = [key for key in ("deploys", "connections") if not isinstance(value, dict) or key not in value]
+    if absent:
+        raise C2Error(f"{url} has no {absent[0]}, so it is no state")
+    state = decode_state(value, url)
+    for deploy in state.deploys.values():
+        if not deploy.port or len([d for d in state.deploys.values() if d.port == deploy.port]) > 1:
+            raise C2Error(f"{url}: {deploy.label} has no port of its own, but {deploy.port}")
+        try:
+            check_label(deploy.label, state)
+        except C2Error as e:
+            raise C2Error(f"{url}: {e}") from None
+    return state
+
+
+def read_master(config: Config) -> tuple:
+    """The master state and its ETag; an empty one and "" while there is none."""
+    import tempfile
+    url = master_url(config)
+    with tempfile.TemporaryDirectory(prefix="c2-") as directory:
+        path = os.path.join(directory, "state.json")
+        try:
+            etag = aws("s3api", "get-object", *s3_object(url), path, "--query", "ETag", "--output", "text")
+        except Missing as e:
+            if "NoSuchBucket" in str(e):
+                raise
+            return State(), ""
+        return decode_master(read_file(path) or "", url), etag.strip()
+
+
+def put_object(url: str, value: Any, *conditions: str) -> None:
+    import tempfile
+    with tempfile.NamedTemporaryFile("w", prefix="c2-", suffix=".json") as f:
+        f.write(json.dumps(value, indent=2) + "\n")
+        f.flush()
+        aws("s3api", "put-object", *s3_object(url), "--body", f.name, "--content-type", "application/json",
+            *conditions)
+
+
+def write_master(host: Host, state: State, etag: str) -> bool:
+    """Write the master state, unless another master was quicker; tells whether it is written."""
+    url, value = master_url(host.config), encode_state(state)
+    try:
+        put_object(url, value, *(["--if-match", etag] if etag else ["--if-none-match", "*"]))
+    except Missing:
+        return False
+    except CommandFailed as e:
+        if re.search(r"\((PreconditionFailed|ConditionalRequestConflict|OperationAborted)\)", e.output):
+            return False
+        if not re.search("unknown option|NotImplemented", e.output, re.I):
+            raise
+        host.log.warn("aws", "this aws CLI or store has no conditional writes: a change that another master "
+                      "makes at this moment may be lost; update the aws CLI")
+        put_object(url, value)
+    return True
+
+
+def change_master(host: Host, decide: Callable[[State], list]) -> None:
+    """Change the master state as `decide` says of it; anew on the fresh one when another master was
+    quicker."""
+    import random
+    new = None
+    for attempt in range(MASTER_TRIES):
+        state, etag = read_master(host.config)
+        if state == new:
+            break       # the last write has arrived, though its answer did not
+        if not etag:
+            check_forgotten(host.config)
+        actions, new = decide(state), state
+        for action in actions:
+            new = next_state(action, new, utc_now())
+        if not actions:
+            return
+        if write_master(host, new, etag):
+            break
+        time.sleep(random.uniform(0, min(0.25 * 2 ** attempt, 4)))
+    else:
+        raise C2Error(f"other masters have changed {master_url(host.config)} {MASTER_TRIES} times meanwhile; "
+                      "try again")
+    for action in actions:
+        told = describe(action, state)
+        host.log.info("master", f"{told['done']}: the master state says so now; the machines follow",
+                      **told["fields"])
+
+
+def check_forgotten(config: Config) -> None:
+    """Raise when there is no master state though machines run deploys: a new one would take these down."""
+    import tempfile
+    with tempfile.TemporaryDirectory(prefix="c2-") as directory:
+        running = [r.label for r in read_records(config, directory)
+                   if r.age < LIVE_SECS and r.state and r.state.deploys]
+    if running:
+        raise Refused(f"{master_url(config)} is gone, though {', '.join(running[:3])} run deploys, which a "
+                      "new one would take down; put its last version back, or the `state` of a record in "
+                      f"{remote_url(config, 'slaves')}/")
+
+
+class Record(NamedTuple):
+    """What a slave has reported: `raw` as it is stored, its `state` and `error` decoded; `moment`: Unix
+    time."""
+
+    label: str
+    moment: float
+    raw: Any
+    state: Optional[State]
+    error: str
+
+    @property
+    def age(self) -> float:
+        return time.time() - self.moment
+
+
+def read_records(config: Config, directory: str) -> List[Record]:
+    """The records of all slaves, by one call of the aws CLI; `directory` keeps them, so that the next call
+    only fetches what has changed."""
+    try:
+        aws("s3", "sync", remote_url(config, "slaves") + "/", directory, "--delete", "--exact-timestamps",
+            "--exclude", "*", "--include", "*/state.json", "--only-show-errors", timeout=600)
+    except Missing as e:
+        if "NoSuchBucket" in str(e):
+            raise       # else a record has vanished since it was listed
+    found = []
+    for label in list_dir(directory):
+        path = os.path.join(directory, label, "state.json")
+        with contextlib.suppress(OSError):
+            moment = os.stat(path).st_mtime      # sync sets it to the object's
+            with open(path, encoding="utf-8", errors="replace") as f:
+                found.append(decode_record(label, moment, f.read()))
+    return found
+
+
+def decode_record(label: str, moment: float, source: str) -> Record:
+    raw = None
+    try:
+        raw = parse_json(source, "the record")
+        status = raw["status"]
+        error = "" if status == "ok" or "ok" in status else str(status["error"])
+        return Record(label, moment, raw, decode_state(raw["state"], "the record"), error)
+    except (C2Error, KeyError, TypeError) as e:
+        return Record(label, moment, raw, None, f"the record can't be read: {e}")
+
+
+def difference(config: Config, wanted: State, state: State) -> str:
+    """What a state lacks of the wanted one, in words; "" for nothing."""
+    said = [f"lacks {d.label}" for _, d in sorted(wanted.deploys.items()) if state.deploys.get(d.label) != d]
+    said += [f"still has {name}" for name in sorted(state.deploys) if name not in wanted.deploys]
+    said += [f"{e} is on {state.connections.get(e, 'nothing')}" for e in sorted(config.end_points)
+             if state.connections.get(e) != wanted.connections.get(e)]
+    return ", ".join(said)
+
+
+def complaint(config: Config, wanted: Optional[State], record: Record) -> str:
+    """What is wrong with a slave, "" for nothing; wanted: the master state, None when it can't be read."""
+    age = f"{record.age:.0f} s" if record.age < 3 * LIVE_SECS else f"{record.age / 60:.0f} min"
+    behind = difference(config, wanted, record.state) if wanted and record.state else ""
+    said = [f"STALE: not heard of for {age}"] if record.age > LIVE_SECS else []
+    said += [f"FAILING: {record.error}"] if record.error else []
+    said += [f"BEHIND: {behind}"] if behind else []
+    return "; ".join(said)
+
+
+def fleet_text(config: Config, wanted: Optional[State], records: List[Record]) -> str:
+    lines = [f"Slaves ({len(records)}):"]
+    for r in records:
+        about = r.raw if isinstance(r.raw, dict) else {}
+        where = ", ".join(str(about[key]) for key in ("ipAddress", "hostName") if about.get(key))
+        said = complaint(config, wanted, r) or f"ok, {r.age:.0f} s ago"
+        lines.append(f"  {r.label}{f' ({where})' if where else ''}: {said}")
+    bad = len([r for r in records if complaint(config, wanted, r)])
+    return "\n".join(lines) + (f"\n{bad} of {len(records)} slaves need a look" if bad else "") + "\n"
+
+
+def show_fleet(host: Host, args: Any) -> None:
+    """`status` of the master state, and on request of the slaves: two calls of the aws CLI, however many."""
+    import tempfile
+    config, problem = host.config, None
+    with tempfile.TemporaryDirectory(prefix="c2-") as directory:
+        while True:
+            try:
+                state, problem = read_master(config)[0], None
+            except C2Error as e:
+                state, problem = None, e
+            records = read_records(config, directory) if args.show_slaves else []
+            plain = {"master": encode_state(state) if state else None}
+            if args.show_slaves:
+                plain["slaves"] = [{"label": r.label, "lastModified": utc_now(r.moment), "state": r.raw,
+                                    "problem": complaint(config, state, r)} for r in records]
+            shown = status_text(config, state or State(), {}) if state else f"No master state: {problem}"
+            shown += "\n\n" + fleet_text(config, state, records) if args.show_slaves else "\n"
+            shown = json.dumps(plain, indent=2) + "\n" if args.json else shown
+            emit("\x1b[H\x1b[J" + shown if args.watch and sys.stdout.isatty() else shown)
+            if not args.watch:
+                break
+            time.sleep(args.watch)
+    report_unfinished(config)
+    if problem:
+        raise problem
+
+
+def await_fleet(host: Host, wait: float) -> None:
+    """Wait until all slaves that have reported lately report the master's state; C2Error with those that
+    don't."""
+    import tempfile
+    config, deadline, told = host.config, time.monotonic() + wait, ""
+    with tempfile.TemporaryDirectory(prefix="c2-") as directory:
+        while True:
+            wanted = read_master(config)[0]
+            live = [r for r in read_records(config, directory) if r.age <= LIVE_SECS]
+            said = {r.label: complaint(config, wanted, r) for r in live}
+            late = [f"{name}: {problem}" for name, problem in said.items() if problem]
+            if live and not late:
+                return host.log.info("fleet", f"all {len(live)} slaves report the master's state")
+            shown = f"{len(late)} of {len(live)} slaves are not there yet" if live else (
+                f"no slave has reported to {remote_url(config, 'slaves')}/ within {LIVE_SECS} s")
+            if time.monotonic() >= deadline:
+                raise C2Error("; ".join([f"after {wait:g} s {shown}", *late]))
+            if shown != told:
+                say(f"{shown}; waiting at most {max(0, deadline - time.monotonic()):.0f} s more")
+            told = shown
+            time.sleep(min(WAIT_POLL_SECS, max(0, deadline - time.monotonic())))
+
+
+class Poll:
+    """The master's document, read cheaply: conditional GETs of a presigned URL over one kept connection.
+
+    Where S3 refuses those, `aws s3 cp` is used for a while: with old-style signatures or KMS it says 400, and
+    403 for a missing object to those who may not list the bucket, which only the aws CLI tells apart.
+    """
+
+    def __init__(self, log: Log, url: str) -> None:
+        self.log, self.url, self.connection = log, url, None
+        self.signed, self.renew, self.fall_back, self.told = "", 0.0, 0.0, False
+        self.etag = self.body = None      # type: Optional[str]
+
+    def read(self) -> str:
+        """The document as it is now; raises Missing without one, C2Error when it can't be read."""
+        problem = ""
+        for _ in range(2 if time.monotonic() >= self.fall_back else 0):
+            if time.monotonic() >= self.renew:
+                self.signed = aws("s3", "presign", self.url, "--expires-in", str(2 * PRESIGN_SECS)).strip()
+                self.renew = time.monotonic() + PRESIGN_SECS
+            try:
+                status = self.get()
+            except OSError as e:
+                problem = str(e)
+                break
+            if status in (200, 304):
+                return self.body
+            if status == 404:
+                raise Missing(f"{self.url} is not there")
+            problem, self.renew = f"it says {status}", 0.0      # the signature may have had its day
+        content = aws("s3", "cp", self.url, "-")
+        if problem:
+            self.fall_back = time.monotonic() + PRESIGN_SECS
+            if not self.told:
+                self.log.warn("poll", f"{self.url} can't be read by a presigned address ({problem}); polls "
+                              "start the aws CLI instead")
+            self.told = True
+        return content
+
+    def get(self) -> int:
+        """One conditional GET, made again when the kept connection has been closed; gives the status."""
+        from http.client import HTTPConnection, HTTPException, HTTPSConnection
+        from urllib.parse import urlsplit
+        parts = urlsplit(self.signed)
+        kept = self.connection is not None
+        try:
+            if not kept:
+                kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
+                self.connection = kind(parts.netloc, timeout=HTTP_TIMEOUT_SECS)
+            self.connection.request("GET", f"{parts.path}?{parts.query}", headers=dict(
+                {"User-Agent": f"c2/{VERSION}"}, **({"If-None-Match": self.etag} if self.etag else {})))
+            answer = self.connection.getresponse()
+            body = answer.read()
+        except (OSError, HTTPException) as e:
+            self.connection, broken = None, self.connection
+            if broken:
+                broken.close()
+            if kept:
+                return self.get()
+            raise OSError(str(e) or type(e).__name__) from None
+        if answer.status == 200:
+            self.body, self.etag = body.decode("utf-8", "replace"), answer.getheader("ETag")
+        return answer.status
+
+
+def slave_label(mode: ProxyMode) -> str:
+    """The name that this machine reports under: the configured one, or its EC2 instance id, by IMDSv2."""
+    if mode.slave_label.name == "label":
+        return mode.slave_label.value
+    import urllib.request
+    base = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT") or "http://169.254.169.254"
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def ask(method: str, path: str, **headers: str) -> str:
+        named = {f"X-aws-ec2-metadata-{k.replace('_', '-')}": v for k, v in headers.items()}
+        request = urllib.request.Request(base.rstrip("/") + path, method=method, headers=named)
+        with opener.open(request, timeout=3) as answer:
+            return answer.read().decode("utf-8", "replace")
+    try:
+        token = ask("PUT", "/latest/api/token", token_ttl_seconds="60")
+        return label(ask("GET", "/latest/meta-data/instance-id", token=token), At("instance-id", "", say))
+    except (OSError, ValueError) as e:
+        raise C2Error(f"this seems to be no EC2 instance, since {base} does not tell its id ({e}); set "
+                      'deployMode.proxy.slaveLabel to {"label": NAME}') from None
+
+
+def interface_address(name: str) -> str:
+    """The IPv4 address of a network interface (netdevice(7)); OSError when it has none."""
+    import fcntl
+    import socket
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        return socket.inet_ntoa(fcntl.ioctl(s, 0x8915, name.encode()[:15].ljust(40, b"\0"))[20:24])
+
+
+class Failure(NamedTuple):
+    """Something that could not be done: how often, when it is due again (monotonic time), and why."""
+
+    count: int
+    due: float
+    reason: str
+
+
+class Slave:
+    """A machine of a fleet, and what its `slave-update` remembers from round to round."""
+
+    def __init__(self, host: Host, given: Optional[str]) -> None:
+        import threading
+        self.given, self.problems, self.written = given, [], None
+        self.failures, self.tried = {}, set()       # type: Dict[Any, Failure], set
+        self.seen = self.master = None      # the master's document, and what it says
+        self.first, self.full_at, self.lost = True, 0.0, 0
+        self.lock = threading.Lock()
+        self.take(host)
+        threading.Thread(target=self.heartbeat, daemon=True).start()
+
+    def take(self, host: Host) -> None:
+        limit = host.config.command_timeout_secs
+        self.host = host._replace(command_timeout=SLAVE_TIMEOUT_SECS if limit is None else limit)
+        self.label = slave_label(host.config.proxy)
+        self.poll = Poll(host.log, master_url(host.config))
+
+    def round(self) -> List[str]:
+        """Make this machine what the master state says, as far as that can be done now, and report; returns
+        what is wrong."""
+        news, now = False, time.monotonic()
+        problems = self.locking(self.restart) if self.first else []     # a reboot's work waits for no S3
+        try:
+            news, self.lost = self.look(), 0
+        except (C2Error, OSError) as e:
+            self.lost += 1
+            problems.append(f"{e}; nothing is changed here")
+        if news or now >= self.full_at or any(f.due <= now for f in self.failures.values()):
+            troubles = self.locking(self.work, None if problems else self.master)
+            self.full_at = 0.0 if troubles else now + HEARTBEAT_SECS
+            self.first = bool(troubles) or "proxy" in self.failures
+            problems += troubles
+        for problem in problems:
+            if problem not in self.problems:
+                self.host.log.warn("slave", problem)
+        self.problems = problems + [f.reason for f in self.failures.values()]
+        self.report()
+        return self.problems
+
+    def locking(self, function: Callable, *args: Any) -> List[str]:
+        """Call a function with the host's lock; returns what was wrong."""
+        try:
+            with locked(self.host, 60, verb="slave-update"):
+                self.tried = set()
+                function(*args)
+            return []
+        except (C2Error, OSError) as e:
+            return [str(e)]
+
+    def look(self) -> bool:
+        """Read the master state; tells whether it is another one than before."""
+        url = master_url(self.host.config)
+        try:
+            source = self.poll.read()
+        except Missing:
+            if load_state(self.host.config).deploys:
+                raise C2Error(f"{url} is not there, though this machine runs deploys") from None
+            source = None       # a fleet that has nothing to run yet
+        if source == self.seen and self.master:
+            return False
+        self.master = State() if source is None else decode_master(source, url)
+        self.seen = source
+        return True
+
+    def work(self, master: Optional[State]) -> None:
+        """With the lock: put right what was killed, start what a reboot has ended, then follow the master."""
+        if not self.first:
+            self.attempt("config", self.reload)
+        host = self.host
+        for name in list_dir(host.config.proxy_path("blocked")):
+            self.attempt(host.config.proxy_path("blocked", name), unblock, host, name[:-len(".json")])
+        self.restart()
+        if master:
+            self.follow(master)
+        state = load_state(host.config)
+        for action in [a for a in self.failures if isinstance(a, Connect)]:
+            if state.connections.get(action.end_point) == action.label:
+                self.attempt(action, self.perform, action, state)       # connected, but deaf
+        if state.connections or os.path.exists(host.config.proxy_path("docker-compose.yml")):
+            self.attempt("proxy", route, host, state, self.first and bool(state.connections))
+        self.forget(master, state)
+
+    def recover(self) -> None:
+        """Put right what was killed, or could not be taken back; before the next action takes the journal."""
+        try:
+            recover(self.host)
+        except (C2Error, OSError) as e:
+            self.failed("recovery", e)
+
+    def reload(self) -> None:
+        """Take over a changed configuration."""
+        config = load_config(self.given, lambda message: None)
+        require_remote(config, "slave-update")
+        if config != self.host.config:
+            self.host.log.info("config", "the configuration has changed")
+            self.take(self.host._replace(config=config))
+
+    def restart(self) -> None:
+        """After a reboot: start again what should run and does not."""
+        host, path = self.host, self.host.config.proxy_path("boot")
+        self.recover()
+        if read_file(path) == boot_id():
+            return
+        for _, deploy in sorted(load_state(host.config).deploys.items()):
+            if not listening(deploy.port) and not self.barred(Restart(deploy)):
+                self.attempt(Restart(deploy), self.perform, Restart(deploy), load_state(host.config))
+        if not any(isinstance(key, Restart) for key in self.failures):
+            replace_file(path, boot_id())
+
+    def follow(self, master: State) -> None:
+        """Do what can be done to get from this machine's state to the master's."""
+        config, cut, ready_for = self.host.config, {}, set()
+        while True:
+            state = load_state(config)
+            action = next_step(config.end_points, state, master, self.barred)
+            if not action:
+                break
+            if is_outage(config.end_points, action, master):
+                made = [a for a in plan(config.end_points, state, master) if isinstance(a, (Create, Replace))
+                        and a.deploy.label == master.connections[action.end_point] and a not in ready_for]
+                if made:        # see first whether it can be had at all
+                    ready_for.add(made[0])
+                    try:
+                        rehearse(self.host, made[0].deploy)
+                    except (C2Error, OSError) as e:
+                        self.failed(made[0], e)
+                    continue
+                cut[action.end_point] = state.connections[action.end_point]
+                self.host.log.warn("outage", f"{action.end_point} answers 503 until "
+                                   f"{master.connections[action.end_point]} runs, whose label or port is "
+                                   "still held by what is connected", endpoint=action.end_point)
+            self.attempt(action, self.perform, action, state)
+            self.recover()
+        for end_point, name in cut.items():
+            if end_point not in state.connections and name in state.deploys:
+                back = Connect(end_point, name)
+                self.attempt(back, self.perform, back, state)
+
+    def perform(self, action: Any, state: State) -> None:
+        """Carry out one action; raises when it fails, and when it succeeds in connecting a deaf deploy."""
+        if isinstance(action, (Create, Replace)):
+            require_port(action)
+        if isinstance(action, Destroy) and action in self.failures:
+            action = action._replace(force=self.failures[action].count >= STOP_TRIES)
+        problem = None
+        if isinstance(action, Connect):
+            problem = check_ready(self.host, state, action.end_point, state.deploys[action.label], False)
+        if not problem or state.connections.get(action.end_point) != action.label:
+            carry_out(self.host, [action], state)
+        if problem:
+            raise C2Error(f"{problem}, though {action.end_point} is connected to it")
+
+    def attempt(self, key: Any, function: Callable, *args: Any) -> None:
+        """Call a function unless `key` has failed and is not due again; a failure is kept under it."""
+        if self.waits(key):
+            return
+        try:
+            function(*args)
+            self.failures.pop(key, None)
+        except (C2Error, OSError) as e:
+            self.failed(key, e)
+
+    def failed(self, key: Any, why: Exception) -> None:
+        import random
+        count = self.failures[key].count + 1 if key in self.failures else 1
+        pause = min(RETRY_SECS * 2 ** (count - 1), RETRY_MAX_SECS) * random.uniform(0.8, 1.2)
+        self.failures[key] = Failure(count, time.monotonic() + pause, str(why))
+        self.tried.add(key)
+        self.host.log.warn("slave", str(why))
+
+    def waits(self, key: Any) -> bool:
+        return key in self.tried or key in self.failures and self.failures[key].due > time.monotonic()
+
+    def barred(self, action: Any) -> bool:
+        subject = getattr(action, "end_point", None) or action.deploy.label
+        return self.waits(action) or os.path.exists(self.host.config.proxy_path("blocked", f"{subject}.json"))
+
+    def forget(self, master: Optional[State], state: State) -> None:
+        """Drop the failures of what is not to be done any more."""
+        planned = plan(self.host.config.end_points, state, master) if master else list(self.failures)
+
+        def lasts(key: Any) -> bool:
+            if isinstance(key, Restart):
+                return key.deploy in state.deploys.values() and not listening(key.deploy.port)
+            if isinstance(key, str):
+                return os.path.exists(key) if "/" in key else key != "recovery" or key in self.tried
+            deaf = isinstance(key, Connect) and state.connections.get(key.end_point) == key.label
+            return deaf or key in planned
+        self.failures = {key: failure for key, failure in self.failures.items() if lasts(key)}
+
+    def report(self, anyway: bool = False) -> None:
+        """Write this machine's record, if it has changed or anyway."""
+        import socket
+        config, problems, address = self.host.config, list(self.problems), ""
+        name = config.proxy.slave_interface_name
+        try:
+            address = interface_address(name)
+        except OSError as e:
+            problems.append(f"the interface {name} (slaveInterfaceName) has no IPv4 address: {e.strerror}")
+        try:
+            state = load_state(config)
+        except C2Error:
+            state = State()
+        error = masked("; ".join(problems), self.host.log.secrets)
+        record = {"status": {"error": error} if error else "ok", "ipAddress": address,
+                  "hostName": socket.gethostname(), "state": encode_state(state)}
+        with self.lock:
+            if record == self.written and not anyway:
+                return
+            try:
+                put_object(remote_url(config, "slaves", self.label, "state.json"), record)
+                self.written = record
+            except (C2Error, OSError) as e:
+                self.host.log.warn("record", f"this machine's record can't be written: {e}")
+
+    def heartbeat(self) -> None:
+        """Write the record every minute, also while an action takes its time."""
+        while True:
+            time.sleep(HEARTBEAT_SECS)
+            with contextlib.suppress(Exception):
+                self.report(True)
+
+
+def rehearse(host: Host, deploy: Deploy) -> None:
+    """Raise when a release can't be had or is not in order; run nothing of it."""
+    staging = host.config.path(".staging", deploy.label)
+    make_dir(os.path.dirname(staging), 0o711)
+    try:
+        fetch_context(host)
+        prepare_release(host, deploy.release, staging, deploy_context(host, deploy))
+    finally:
+        remove_tree(staging)
+
+
+def require_port(action: Any) -> None:
+    """Raise when something else holds the port that a deploy is to get; what was just stopped gets a
+    moment."""
+    deploy, deadline = action.deploy, time.monotonic() + PORT_GRACE_SECS
+    while deploy.port != getattr(action, "old", Deploy("", "", 0)).port and port_taken(deploy.port):
+        if time.monotonic() > deadline:
+            raise C2Error(f"{deploy.label}: another program on this machine holds port {deploy.port}, which "
+                          "the master gave to it; end that program, or start the release under another label")
+        time.sleep(0.1)
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Commands: each takes the host and the parsed arguments
 # ----------------------------------------------------------------------------------------------------------
 
@@ -3542,35 +4207,55 @@ def require_proxy(config: Config, what: str) -> ProxyMode:
     return config.proxy
 
 
+def change(host: Host, args: Any, decide: Callable[[State], list],
+           subject: Callable[[State], str] = lambda state: "", **about: Any) -> None:
+    """Decide on the state and act on it: on this host, or in a fleet on the master state.
+
+    subject: tells the label whose failed recovery is tried again first; about: for the lock's holder.
+    """
+    if args.wait is not None and not host.config.remote:
+        raise ConfigError("--wait waits for the machines of a fleet, but remoteStateS3 is not configured")
+    if host.config.remote:
+        change_master(host, decide)
+        return None if args.wait is None else await_fleet(host, args.wait)
+    with changing(host, args.lock_wait, **dict({"verb": args.command}, **about)):
+        unblock(host, subject(host_state(host.config)))
+        state = host_state(host.config)
+        carry_out(host, decide(state), state)
+
+
 def cmd_start(host: Host, args: Any) -> None:
     name = stem(args.release) if args.deploy is None else args.deploy
-    start_release(host, args.release, name, args.lock_wait)
+    start_release(host, args, args.release, name)
 
 
-def start_release(host: Host, release: str, name: str, wait: float) -> None:
+def start_release(host: Host, args: Any, release: str, name: str) -> None:
     """Deploy a release under the label `name`, by the rules of `start_actions`."""
-    config = host.config
+    config, remote = host.config, bool(host.config.remote)
     release_name(release, At("RELEASE", "", say))
     check_label(name, State())
-    with changing(host, wait, verb="start", deploy=name, release=release):
-        unblock(host, name)
-        state = host_state(config)
+    if remote:
+        require_release(config, release)
+
+    def decide(state: State) -> list:
         deploy = state.deploys.get(name, Deploy("", "", 0))
         if deploy.release != release or bool(deploy.port) != bool(config.proxy):
             ports = {d.port for d in state.deploys.values()}
             port = next_port(config.proxy.dynamic_port_range, state.last_port,
-                             lambda p: p in ports or port_taken(p)) if config.proxy else 0
+                             lambda p: p in ports or not remote and port_taken(p)) if config.proxy else 0
             deploy = Deploy(name, release, port)
-        actions = start_actions(state, deploy, lambda d: listening(d.port))
-        if actions:
-            carry_out(host, actions, state)
-        else:
+        actions = start_actions(state, deploy, lambda d: remote or listening(d.port))
+        if not actions:
             say(f"{name} ({release}) runs already, on port {deploy.port}")
+        return actions
+    change(host, args, decide, lambda state: name, verb="start", deploy=name, release=release)
 
 
 def cmd_stop(host: Host, args: Any) -> None:
     """Stop a deploy; a start of it that is under way is cancelled instead."""
     config, begun = host.config, {}
+    if config.remote:
+        return change(host, args, lambda state: stop_actions(state, args.deploy, args.force))
 
     def cancels(holder: dict) -> bool:
         names = (holder.get("deploy"), holder.get("release"), stem(str(holder.get("release"))))
@@ -3597,32 +4282,26 @@ def cmd_stop(host: Host, args: Any) -> None:
 def cmd_connect(host: Host, args: Any) -> None:
     require_proxy(host.config, "connect")
     end_point = find_end_point(host.config, args.end_point)
-    with changing(host, args.lock_wait, verb="connect", endpoint=end_point):
-        connect(host, end_point, lambda state: find_deploy(state, args.deploy), args.force)
+    connect(host, args, end_point, lambda state: find_deploy(state, args.deploy))
 
 
-def connect(host: Host, end_point: str, find: Callable[[State], Deploy], force: bool) -> None:
-    """Point an endpoint at the deploy that `find` finds, when it is ready; a working deploy is never traded
-    for a deaf one without force."""
-    unblock(host, find(load_state(host.config)).label)
-    mode, state = host.config.proxy, load_state(host.config)
-    deploy = find(state)
-    if not deploy.port:
-        raise Refused(f"{deploy.label} was started without the proxy and has no port; "
-                      f"c2 start {deploy.release} {deploy.label} gives it one")
-    if not await_ready(mode, deploy.port):
-        asked = f"GET {mode.ready_path or '/'} on port {deploy.port}"
-        problem = (f"{deploy.label} does not answer {asked} within {mode.ready_timeout_secs:g} s "
-                   "(readyTimeoutSecs)")
-        now = state.deploys.get(state.connections.get(end_point, ""))
-        if now and now != deploy and not force and ready(mode, now.port):
-            raise Refused(f"{problem}, and {end_point} stays on {now.label}, which does; look at its output "
-                          f"in {output_path(host.config, deploy.label)}, or insist with --force")
-        host.log.warn("not-ready", f"{problem}; connecting it all the same", endpoint=end_point,
-                      deploy=deploy.label)
-    carry_out(host, [Connect(end_point, deploy.label)], state)
-    served = served_certificates(last_context(host.config))
-    if host.config.end_points[end_point].certificate and end_point not in served:
+def connect(host: Host, args: Any, end_point: str, target: Callable[[State], Deploy]) -> None:
+    """Point an endpoint at the deploy that `target` finds in the state."""
+    config = host.config
+
+    def decide(state: State) -> list:
+        deploy = target(state)
+        if not deploy.port:
+            raise Refused(f"{deploy.label} was started without the proxy and has no port; "
+                          f"c2 start {deploy.release} {deploy.label} gives it one")
+        problem = None if config.remote else check_ready(host, state, end_point, deploy, args.force)
+        if problem:
+            host.log.warn("not-ready", f"{problem}; connecting it all the same", endpoint=end_point,
+                          deploy=deploy.label)
+        return [Connect(end_point, deploy.label)]
+    change(host, args, decide, lambda state: target(state).label, endpoint=end_point)
+    if config.end_points[end_point].certificate and not config.remote and (
+            end_point not in served_certificates(last_context(config))):
         host.log.warn("certificate", f"{end_point} answers 503, since it has no certificate yet; c2 "
                       "generate-ssl-certificate gets it", endpoint=end_point)
 
@@ -3630,11 +4309,12 @@ def connect(host: Host, end_point: str, find: Callable[[State], Deploy], force: 
 def cmd_disconnect(host: Host, args: Any) -> None:
     require_proxy(host.config, "disconnect")
     end_point = args.end_point
-    with changing(host, args.lock_wait, verb="disconnect", endpoint=end_point):
-        state = load_state(host.config)
+
+    def decide(state: State) -> list:
         if end_point not in state.connections:      # one may be connected that is configured no more
             find_end_point(host.config, end_point)
-        carry_out(host, [Disconnect(end_point)], state)
+        return [Disconnect(end_point)]
+    change(host, args, decide, endpoint=end_point)
 
 
 def cmd_rollback(host: Host, args: Any) -> None:
@@ -3644,14 +4324,16 @@ def cmd_rollback(host: Host, args: Any) -> None:
         if args.end_point or not before:
             raise Refused("without the proxy there are no endpoints; say c2 rollback" if args.end_point else
                           "no other release has run before; there is nothing to go back to")
-        return start_release(host, before.release, before.label, args.lock_wait)
+        return start_release(host, args, before.release, before.label)
     end_point = find_end_point(config, args.end_point)
-    with changing(host, args.lock_wait, verb="rollback", endpoint=end_point):
-        connect(host, end_point, lambda state: rollback_target(state, end_point), args.force)
+    connect(host, args, end_point, lambda state: rollback_target(state, end_point))
 
 
 def cmd_status(host: Host, args: Any) -> None:
     config = host.config
+    if args.show_slaves or args.watch or config.remote:
+        require_remote(config, "status --show-slaves")
+        return show_fleet(host, args)
     state = host_state(config)
     certificates, now = status_certificates(config), time.time()
     if args.json:
@@ -3675,6 +4357,50 @@ def report_unfinished(config: Config) -> None:
         say(f"warning: killed: {journal.doing}; the next command that changes something puts it right first")
     for name in list_dir(config.proxy_path("blocked")):
         say(f"warning: {name[:-len('.json')]} is blocked: a recovery failed; see c2 show-log")
+
+
+def cmd_wait(host: Host, args: Any) -> None:
+    require_remote(host.config, "wait")
+    await_fleet(host, args.secs)
+
+
+def cmd_slave_update(host: Host, args: Any) -> None:
+    import random
+    require_remote(host.config, "slave-update")
+    slave = Slave(host, getattr(args, "config", None))
+    while args.repeat:
+        try:
+            slave.round()
+        except Exception as e:      # whatever it was: a machine that nobody looks after goes on
+            host.log.warn("slave", f"internal error, please report it: {type(e).__name__}: {e}")
+        lost = min(slave.lost, 10)      # rounds without the master's state: asked for less and less often
+        pause = min(args.repeat * 2 ** lost, max(args.repeat, HEARTBEAT_SECS))
+        time.sleep(pause * random.uniform(0.8, 1.2))
+    problems = slave.round()
+    if problems:
+        raise C2Error("; ".join(problems))
+    host.log.info("slave", f"{slave.label} is what {master_url(host.config)} says")
+
+
+def cmd_slave_flush(host: Host, args: Any) -> None:
+    import tempfile
+    config = host.config
+    require_remote(config, "slave-flush")
+    with tempfile.TemporaryDirectory(prefix="c2-") as directory:
+        stale = [r.label for r in read_records(config, directory) if r.age > FLUSH_SECS]
+    for i in range(0, len(stale), 1000):        # as many as one request takes
+        urls = [remote_url(config, "slaves", name, "state.json") for name in stale[i:i + 1000]]
+        keys = [{"Key": s3_object(url)[-1]} for url in urls]
+        with tempfile.NamedTemporaryFile("w", prefix="c2-") as f:
+            f.write(json.dumps({"Objects": keys, "Quiet": True}))
+            f.flush()
+            said = aws("s3api", "delete-objects", *s3_object(urls[0])[:2], "--delete", f"file://{f.name}",
+                       "--output", "json")
+        errors = json.loads(said or "{}").get("Errors")
+        if errors:
+            raise C2Error(f"{errors[0].get('Key')} can't be removed: {errors[0].get('Message')}")
+    host.log.info("flush", f"removed {len(stale)} slave records older than {FLUSH_SECS} s"
+                  + "".join(f"\n  {name}" for name in stale))
 
 
 def cmd_list_releases(host: Host, args: Any) -> None:
@@ -3814,6 +4540,8 @@ class Command(NamedTuple):
 
 LOCK_WAIT = argument("--lock-wait", type=amount(float), default=60, metavar="SECS",
                      help="how long to wait for another c2 on this host (default: 60)")
+WAIT = argument("--wait", type=float, metavar="SECS", help="wait until the machines of the fleet have "
+                "followed, at most so long; 1 with those that have not")
 FORCE = argument("--force", action="store_true", help="connect even a deploy that does not answer")
 JSON = argument("--json", "--json-output", action="store_true", dest="json", help="print JSON")
 
@@ -3822,22 +4550,36 @@ COMMANDS = {
         argument("release", metavar="RELEASE", help="its name in the store"),
         argument("deploy", metavar="DEPLOY", nargs="?",
                  help="label of the deploy (default: RELEASE less its extension)"),
-        LOCK_WAIT]),
+        LOCK_WAIT, WAIT]),
     "stop": Command(cmd_stop, "stop and remove a deploy; refused while an endpoint is connected to it",
                     "c2 stop web-1.3", [
                         argument("deploy", metavar="DEPLOY", help="its label, or its release"),
                         argument("--force", action="store_true", help="even if its stop command fails"),
-                        LOCK_WAIT]),
+                        LOCK_WAIT, WAIT]),
     "connect": Command(cmd_connect, "point an endpoint at a running deploy", "c2 connect main web-1.4", [
         argument("end_point", metavar="ENDPOINT", nargs="?", help="may be left out when there is only one"),
-        argument("deploy", metavar="DEPLOY", help="its label, or its release"), FORCE, LOCK_WAIT]),
+        argument("deploy", metavar="DEPLOY", help="its label, or its release"), FORCE, LOCK_WAIT,
+        WAIT]),
     "disconnect": Command(cmd_disconnect, "take an endpoint off: it answers 503", "c2 disconnect main", [
-        argument("end_point", metavar="ENDPOINT"), LOCK_WAIT]),
+        argument("end_point", metavar="ENDPOINT"), LOCK_WAIT, WAIT]),
     "rollback": Command(cmd_rollback, "connect the endpoint to the deploy before; without the proxy: start "
                         "the release before", "c2 rollback main", [
                             argument("end_point", metavar="ENDPOINT", nargs="?",
-                                     help="may be left out when there is only one"), FORCE, LOCK_WAIT]),
-    "status": Command(cmd_status, "show endpoints and deploys", "c2 status", [JSON]),
+                                     help="may be left out when there is only one"), FORCE, LOCK_WAIT,
+                            WAIT]),
+    "status": Command(cmd_status, "show endpoints and deploys", "c2 status", [
+        argument("--show-slaves", action="store_true", help="and what each machine of the fleet reports"),
+        argument("--watch", type=float, metavar="SECS", help="show it again and again (a fleet's)"), JSON]),
+    "wait": Command(cmd_wait, "wait until every machine of the fleet reports the master's state",
+                    "c2 wait 300", [
+                        argument("secs", metavar="SECS", type=float, nargs="?", default=300,
+                                 help="at most (default: 300)")]),
+    "slave-update": Command(cmd_slave_update, "make this machine match the master state",
+                            "c2 slave-update --repeat 10", [
+                                argument("--repeat", type=float, metavar="SECS",
+                                         help="for ever, looking every SECS seconds")]),
+    "slave-flush": Command(cmd_slave_flush, "remove the records of slaves that are gone for 5 minutes",
+                           "c2 slave-flush"),
     "list-releases": Command(cmd_list_releases, "list the releases in the store, newest first",
                              "c2 list-releases", [JSON]),
     "show-log": Command(cmd_show_log, "show what c2 has done", "c2 show-log -n 20 --follow", [
@@ -3912,6 +4654,8 @@ and with it:
           serverNames: [www.example.com]
           etype: httpOnly            # or {httpsWithRedirect: generated}, see generate-ssl-certificate
       dynamicPortRange: [8000, 8100]
+      remoteStateS3: s3://bucket/prefix   # for a fleet: commands change the state there, and each machine
+                                          # follows it with c2 slave-update --repeat 10
 
 Blue/green:
   c2 start web-1.4.zip               # beside the one that serves

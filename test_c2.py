@@ -11,6 +11,7 @@ import functools
 import glob
 import hashlib
 import http.client
+import http.server
 import io
 import itertools
 import json
@@ -18,10 +19,12 @@ import math
 import os
 import random
 import re
+import select
 import shlex
 import shutil
 import signal
 import socket
+import socketserver
 import ssl
 import string
 import subprocess
@@ -3725,6 +3728,871 @@ class Examples(Sandbox):
 # The fleet
 # ----------------------------------------------------------------------------------------------------------
 
+APP_PY = '''
+import http.server, os, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        body = os.environ["C2_RELEASE"].encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def log_message(self, *args):
+        pass
+http.server.HTTPServer(("127.0.0.1", int(os.environ["C2_PORT"])), Handler).serve_forever()
+'''
+
+# What a slave without an engine of its own has for `docker`: the proxy is a program that follows live/ as
+# nginx does, and answers in the slave's network namespace.
+STUB_DOCKER = r'''#!%s
+import http.client, http.server, os, re, signal, socketserver, subprocess, sys, time
+proxy = os.environ["C2_STUB"]
+pid = os.path.join(proxy, "stub.pid")
+def alive():
+    return os.path.exists(pid) and os.path.isdir("/proc/" + open(pid).read())
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        name = self.headers["Host"].split(".")[0]
+        try:
+            port = os.path.basename(os.readlink(os.path.join(proxy, "live", name)))
+        except OSError:
+            port = "none"
+        status, body = 503, b""
+        if self.path == "/.c2/port":
+            status, body = 200, ("port=" + port.replace("none", "")).encode()
+        elif port != "none":
+            try:
+                app = http.client.HTTPConnection("127.0.0.1", int(port), timeout=10)
+                app.request("GET", self.path)
+                answer = app.getresponse()
+                status, body = answer.status, answer.read()
+            except OSError:
+                status = 502
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def log_message(self, *args):
+        pass
+class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
+    daemon_threads = True
+args = sys.argv[1:]
+if args[0] == "inspect":
+    if not alive():
+        sys.exit("Error: No such object")
+    facts = {"State.Running": "true", "State.Restarting": "false", "Image": "stub", "index": proxy}
+    print(re.sub(r"{{\.?([A-Za-z.]+).*?}}", lambda m: facts[m.group(1)], args[args.index("-f") + 1]))
+elif args[0] == "serve":
+    Server(("", 80), Handler).serve_forever()
+elif "up" in args:
+    server = subprocess.Popen([sys.executable, __file__, "serve"], stdin=subprocess.DEVNULL,
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    open(pid, "w").write(str(server.pid))
+    time.sleep(.3)
+elif "down" in args:
+    os.kill(int(open(pid).read()), 9)
+elif args[0] == "top":
+    print(time.time(), "nginx: worker process")
+''' % sys.executable
+
+
+class Link(threading.Thread):
+    """A way from a slave's network to the test bed's S3, which can be cut."""
+
+    def __init__(self, address):
+        threading.Thread.__init__(self, daemon=True)
+        self.listener = socket.socket()
+        self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.listener.bind((address, 5002))
+        self.listener.listen(50)
+        self.cut = False
+        self.start()
+
+    def run(self):
+        while True:
+            try:
+                near, _ = self.listener.accept()
+            except OSError:
+                return
+            if self.cut:
+                near.close()
+                continue
+            threading.Thread(target=self.relay, args=(near,), daemon=True).start()
+
+    def relay(self, near):
+        with near, socket.create_connection(("127.0.0.1", 5002)) as far, contextlib.suppress(OSError):
+            while not self.cut:
+                for a in select.select([near, far], [], [], 1)[0]:
+                    data = a.recv(65536)
+                    if not data:
+                        return
+                    (far if a is near else near).sendall(data)
+
+
+class Visitor(threading.Thread):
+    """Asks an endpoint again and again, and keeps what it is answered."""
+
+    def __init__(self, address, end_point):
+        threading.Thread.__init__(self, daemon=True)
+        self.address, self.end_point, self.answers, self.done = address, end_point, [], False
+        self.start()
+
+    def ask(self):
+        try:
+            connection = http.client.HTTPConnection(self.address, 80, timeout=10)
+            connection.request("GET", "/", headers={"Host": self.end_point + ".test"})
+            answer = connection.getresponse()
+            return answer.status, answer.read().decode()
+        except OSError as e:
+            return 0, str(e)
+
+    def run(self):
+        while not self.done:
+            self.answers.append(self.ask())
+            time.sleep(0.1)
+
+    def finish(self):
+        self.done = True
+        self.join()
+        return self.answers
+
+
+class FleetCase(Sandbox):
+    """A master and its machines: each a Sandbox directory; all but a real one have a network of their own."""
+
+    bucket = 0
+
+    def setUp(self):
+        Sandbox.setUp(self)
+        FleetCase.bucket += 1
+        self.base = "s3://c2-fleet-%d-%d/base" % (os.getpid(), FleetCase.bucket)
+        self.ask_s3("PUT", "s3://" + self.base.split("/")[2])
+        self.configure(**self.keys("master"))
+        self.slaves = {}
+
+    def keys(self, name, **proxy):
+        mode = dict({"endPoints": {"main": {"serverNames": ["main.test"], "etype": "httpOnly"},
+                                   "other": {"serverNames": ["other.test"], "etype": "httpOnly"}},
+                     "remoteStateS3": self.base, "slaveLabel": {"label": name}, "slaveInterfaceName": "lo",
+                     "readyTimeoutSecs": 3, "drainTimeoutSecs": 3, "dynamicPortRange": [8000, 8004]}, **proxy)
+        return {"releases": {"localdir": self.path("releases")}, "deployMode": {"proxy": mode}}
+
+    def ask_s3(self, method, url, content=None):
+        """Without the aws CLI, whose start takes half a second."""
+        url = os.environ["AWS_ENDPOINT_URL"] + "/" + url[len("s3://"):]
+        request = urllib.request.Request(url, content, method=method, headers={
+            "Content-Type": "application/json",     # and moto looks no closer at a signature
+            "Authorization": "AWS4-HMAC-SHA256 Credential=x/20260101/us-east-1/s3/aws4_request, "
+                             "SignedHeaders=host, Signature=x"})
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.read()
+
+    def app(self, name, **keys):
+        self.release(name, {"app.py": APP_PY}, **dict({
+            "startCommand": "%s app.py >/dev/null 2>&1 & echo $! > pid" % sys.executable,
+            "stopCommand": "kill $(cat pid)"}, **keys))
+
+    def slave(self, name, **proxy):
+        """A machine with a network of its own, in which docker is a stub; returns a namespace of helpers."""
+        slave = Machine(self, name)
+        slave.configure(**self.keys(name, slaveInterfaceName="c2e" + name, **proxy))
+        self.slaves[name] = slave
+        return slave
+
+    def document(self, *path):
+        return json.loads(self.ask_s3("GET", "/".join([self.base] + list(path))).decode())
+
+    def put(self, content, *path):
+        self.ask_s3("PUT", "/".join([self.base] + list(path)), content.encode("utf-8", "surrogateescape"))
+
+    def remove(self, *path):
+        self.ask_s3("DELETE", "/".join([self.base] + list(path)))
+
+    def master_state(self):
+        return self.document("master", "state.json")
+
+    def report(self, name):
+        return self.document("slaves", name, "state.json")
+
+    def error(self, name):
+        return self.report(name)["status"]["error"]
+
+    def fake_aws(self, script):
+        """Put a program in front of the aws CLI; in it, $REAL is that one."""
+        real = shutil.which("aws")
+        self.write("fake/aws", "#!/bin/bash\nREAL=%s\n%s\n" % (real, script), 0o755)
+        return {"PATH": self.path("fake") + ":" + self.env["PATH"]}
+
+
+class Machine(Sandbox):
+    """A slave; made by FleetCase.slave."""
+
+    number = 0
+
+    def __init__(self, case, name):
+        Sandbox.__init__(self, "run")
+        self.case, self.name = case, name
+        Machine.number += 1
+        self.setUp()
+        case.addCleanup(self.doCleanups)
+        self.holder = holder = subprocess.Popen(["unshare", "--net", "sleep", "100000"])
+        self.addCleanup(holder.wait)
+        self.addCleanup(holder.kill)
+        wait_for(lambda: os.readlink("/proc/%d/ns/net" % holder.pid) != os.readlink("/proc/self/ns/net"))
+        self.net = "--net=/proc/%d/ns/net" % holder.pid
+        here, self.address = ("10.77.%d.%d" % (Machine.number, n) for n in (1, 2))
+        end = "c2e" + name
+        for command in ("ip link add c2h%s type veth peer name %s" % (name, end),
+                        "ip link set %s netns %d" % (end, holder.pid),
+                        "ip addr add %s/24 dev c2h%s" % (here, name), "ip link set c2h%s up" % name,
+                        "nsenter %s ip addr add %s/24 dev %s" % (self.net, self.address, end),
+                        "nsenter %s ip link set %s up" % (self.net, end),
+                        "nsenter %s ip link set lo up" % self.net):
+            subprocess.check_call(command.split())
+        self.addCleanup(subprocess.call, ["ip", "link", "del", "c2h" + name], stderr=subprocess.DEVNULL)
+        self.link = Link(here)
+        self.addCleanup(self.link.listener.close)
+        self.write("stub/docker", STUB_DOCKER, 0o755)
+        self.env.update(PATH=self.path("stub") + ":" + self.env["PATH"],
+                        AWS_ENDPOINT_URL="http://%s:5002" % here,
+                        C2_STUB=self.path("deploys", "frontend-proxy"))
+        self.addCleanup(self.end_all)
+
+    def start_c2(self, *args, **options):
+        env = dict(self.env, **options.pop("env", {}))
+        return subprocess.Popen(["nsenter", self.net, sys.executable, self.path("bin", "c2")] + list(args),
+                                cwd=self.dir, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE)
+
+    def end_all(self):
+        """End what runs in this machine's network."""
+        namespace = os.readlink(self.net[len("--net="):])
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError):
+                if os.readlink("/proc/%s/ns/net" % pid) == namespace and int(pid) != self.holder.pid:
+                    os.kill(int(pid), signal.SIGKILL)
+
+    def update(self, **options):
+        return self.c2("slave-update", **options)
+
+    def repeat(self, seconds=1):
+        """slave-update --repeat in the background, ended with SIGTERM."""
+        process = self.start_c2("slave-update", "--repeat", str(seconds))
+        self.addCleanup(lambda: process.poll() is None and process.kill())
+        return process
+
+    def end(self, process):
+        process.send_signal(signal.SIGTERM)
+        ran = self.finish(process)
+        self.assertEqual(143, ran.code, ran)
+        return ran
+
+    def ask(self, end_point="main"):
+        return Visitor.ask(mock.Mock(address=self.address, end_point=end_point))
+
+    def deploys(self):
+        state = self.state()
+        return {d["label"]: d["port"] for d in state["deploys"].values()}, state["connections"]
+
+
+@needs_bed
+class Fleet(FleetCase):
+    def three(self):
+        self.app("a.zip")
+        self.app("b.zip")
+        return [self.slave(name) for name in "xyz"]
+
+    def test_blue_green_on_three_machines(self):
+        slaves = self.three()
+        for slave in slaves:
+            slave.repeating = slave.repeat()
+        self.c2("start", "a.zip")
+        ran = self.c2("connect", "main", "a", "--wait", "90")
+        self.assertIn("all 3 slaves report the master's state", ran.err)
+        visitors = [Visitor(slave.address, "main") for slave in slaves]
+        self.c2("start", "b.zip", "--wait", "90")
+        self.c2("connect", "main", "b")
+        self.c2("stop", "a", "--wait", "90")        # between two polls
+        self.c2("rollback", "main", code=3)         # a is gone
+        for slave, visitor in zip(slaves, visitors):
+            answers = visitor.finish()
+            self.assertEqual({(200, "a.zip"), (200, "b.zip")}, set(answers))
+            self.assertEqual((200, "b.zip"), answers[-1])
+            self.assertEqual(({"b": 8001}, {"main": "b"}), slave.deploys())
+            report = self.report(slave.name)
+            self.assertEqual(("ok", slave.address, socket.gethostname()),
+                             (report["status"], report["ipAddress"], report["hostName"]))
+            self.assertEqual(self.master_state()["deploys"], report["state"]["deploys"])
+        self.c2("disconnect", "main")
+        self.c2("stop", "b", "--wait", "90")
+        for slave in slaves:
+            self.assertEqual(({}, {}), slave.deploys())
+            self.assertEqual(503, slave.ask()[0])
+            self.assertFalse(os.path.exists(slave.path("deploys", "b")))
+            slave.end(slave.repeating)
+        self.assertFalse(os.path.exists(self.path("deploys")), "the master touched its own machine")
+
+    def test_a_release_that_fails_on_one_machine(self):
+        slaves = self.three()
+        self.app("bad.zip", startCommand="test ! -e ../../broken || exit 7; %s app.py >/dev/null 2>&1 & "
+                 "echo $! > pid" % sys.executable)
+        self.c2("start", "a.zip")
+        self.c2("connect", "main", "a")
+        for slave in slaves:
+            slave.update()
+        y = slaves[1]
+        y.write("broken", "")
+        self.c2("start", "bad.zip")
+        self.c2("connect", "main", "bad")
+        self.c2("start", "b.zip")
+        self.c2("connect", "other", "b")
+        visitor = Visitor(y.address, "main")
+        for slave in slaves:
+            ran = slave.update(code=1 if slave is y else 0)
+        self.assertIn("bad", y.update(code=1).err)
+        self.assertEqual({(200, "a.zip")}, set(visitor.finish()))
+        self.assertEqual((200, "b.zip"), y.ask("other"), "the others' work goes on")
+        self.assertEqual(({"a": 8000, "b": 8002}, {"main": "a", "other": "b"}), y.deploys())
+        self.assertIn("bad: the start command", self.error("y"))
+        ran = self.c2("wait", "0", code=1)
+        self.assertRegex(ran.err, "1 of 3 slaves.*y: FAILING: bad: the start command")
+        self.assertIn("BEHIND: lacks bad, main is on a", ran.err)
+        os.remove(y.path("broken"))
+        y.update()
+        self.c2("wait", "0")
+        self.assertEqual((200, "bad.zip"), y.ask())
+
+    def test_deaf_deploys(self):
+        slave = self.slave("x")
+        self.app("a.zip")
+        self.app("deaf.zip", startCommand="true", stopCommand="true")
+        self.c2("start", "deaf.zip")
+        self.c2("connect", "other", "deaf")
+        ran = slave.update(code=1)      # nothing is lost by it
+        self.assertIn("deaf does not answer", ran.err)
+        self.assertEqual({"other": "deaf"}, slave.deploys()[1])
+        self.assertIn("deaf does not answer", self.error("x"))
+        self.c2("start", "a.zip")
+        self.c2("connect", "main", "a")
+        slave.update()
+        self.c2("connect", "main", "deaf")
+        slave.update(code=1)
+        self.assertEqual("a", slave.deploys()[1]["main"], "a working deploy was traded for a deaf one")
+        self.assertIn("main stays on a", self.error("x"))
+
+    def test_a_machine_that_lags_and_a_port_used_again(self):
+        slave = self.slave("x")
+        self.configure(**self.keys("master", dynamicPortRange=[8000, 8002]))
+        for name in "abc":
+            self.app(name + ".zip")
+        self.app("broken.zip", startCommand="exit 7")
+        self.c2("start", "a.zip")
+        self.c2("connect", "main", "a")
+        slave.update()
+        visitor = Visitor(slave.address, "main")
+        self.c2("start", "b.zip")
+        self.c2("connect", "main", "b")
+        self.c2("stop", "a")
+        self.c2("start", "broken.zip")
+        self.c2("connect", "main", "broken")
+        self.assertEqual(8000, self.master_state()["deploys"]["broken"]["port"])
+        ran = slave.update(code=1)
+        self.assertIn("main answers 503 until broken runs", ran.err)
+        self.assertEqual(("a", 8000), (slave.deploys()[1]["main"], slave.deploys()[0]["a"]), "not put back")
+        self.c2("connect", "main", "b")
+        self.c2("stop", "broken")
+        slave.update()
+        self.assertEqual(({"b": 8001}, {"main": "b"}), slave.deploys())
+        self.c2("start", "c.zip")
+        self.c2("connect", "main", "c", )
+        slave.update()
+        self.assertEqual((200, "c.zip"), slave.ask())
+        answers = visitor.finish()
+        self.assertEqual({"a.zip", "b.zip", "c.zip"}, {body for code, body in answers if code == 200})
+        self.assertEqual({200, 503}, {code for code, body in answers})
+
+    def test_a_port_that_another_program_holds(self):
+        slave = self.slave("x")
+        self.app("a.zip")
+        self.app("b.zip")
+        self.c2("start", "a.zip")
+        self.c2("start", "b.zip")
+        squatter = subprocess.Popen(["nsenter", slave.net, sys.executable, "-c", "import socket, time\n"
+                                     "s = socket.socket()\ns.bind(('127.0.0.1', 8000))\ns.listen(1)\n"
+                                     "print(1, flush=True)\ntime.sleep(1000)"], stdout=subprocess.PIPE)
+        squatter.stdout.readline()
+        slave.update(code=1)
+        self.assertEqual({"b": 8001}, slave.deploys()[0])
+        self.assertIn("a: another program on this machine holds port 8000", self.error("x"))
+        squatter.kill()
+        squatter.wait()
+        squatter.stdout.close()
+        slave.update()
+        self.assertEqual({"a": 8000, "b": 8001}, slave.deploys()[0])
+
+    def test_master_states_that_are_none(self):
+        slave = self.slave("x")
+        slave.update()      # there is nothing yet, and no harm in that
+        self.assertEqual("ok", self.report("x")["status"])
+        self.app("a.zip")
+        self.c2("start", "a.zip")
+        self.c2("connect", "main", "a")
+        slave.update()
+        good, before = json.dumps(self.master_state()), slave.state()
+        visitor = Visitor(slave.address, "main")
+        for content, words in (
+                (None, "is not there"), ("", "not valid JSON"), (good[:-20], "not valid JSON"),
+                ("{}", "no deploys"), ("[]", "no deploys"), ('{"deploys": {}}', "no connections"),
+                (good.replace("8000", "0"), "port"),
+                (good.replace('"a"', '"frontend-proxy"'), "frontend-proxy"), ("\udcff\0", "not valid JSON"),
+                (good.replace('"a.zip"', "7"), "deploys.a.release")):
+            with self.subTest(content=content):
+                if content is None:
+                    self.remove("master", "state.json")
+                    self.assertIn("x run deploys", self.c2("start", "a.zip", code=3).err)
+                else:
+                    self.put(content, "master", "state.json")
+                if content == "{}":
+                    self.assertIn("no deploys", self.c2("start", "a.zip", code=1).err)
+                self.assertIn("nothing is changed here", slave.update(code=1).err)
+                self.assertRegex(self.error("x"), "master/state.json.*" + words)
+                self.assertEqual(before, slave.state())
+        status = self.c2("status", "--show-slaves", code=1)
+        self.assertIn("FAILING", status.out)
+        self.put(good, "master", "state.json")
+        slave.update()
+        self.assertEqual("ok", self.report("x")["status"])
+        self.assertEqual({(200, "a.zip")}, set(visitor.finish()))
+
+    def test_s3_out_of_reach_and_the_configuration_changed(self):
+        slave = self.slave("x")
+        self.app("a.zip")
+        self.app("b.zip")
+        process = slave.repeat(0.3)
+        self.c2("start", "a.zip")
+        self.c2("connect", "main", "a", "--wait", "60")
+        visitor = Visitor(slave.address, "main")
+        slave.link.cut = True
+        wait_for(lambda: any("nothing is changed here" in e["message"] for e in slave.log()), 60)
+        self.c2("start", "b.zip")
+        self.c2("connect", "main", "b")
+        time.sleep(2)
+        slave.link.cut = False
+        self.c2("wait", "90")
+        self.assertEqual({(200, "a.zip"), (200, "b.zip")}, set(visitor.finish()))
+        slave.end(process)
+        slave.configure(**self.keys("x", slaveInterfaceName="nowhere0", endPoints={
+            "main": {"serverNames": ["main.test", "new.test"], "etype": "httpOnly"}}))
+        slave.update()
+        self.assertIn("main.test new.test", slave.read("deploys", "frontend-proxy", "conf", "nginx.conf"))
+        self.assertIn("the interface nowhere0", self.error("x"))
+        self.assertEqual("", self.report("x")["ipAddress"])
+
+    def test_after_a_reboot(self):
+        slave = self.slave("x")
+        self.app("a.zip")
+        self.c2("start", "a.zip")
+        self.c2("connect", "main", "a")
+        slave.update()
+        slave.end_all()
+        slave.update()
+        self.assertEqual(0, slave.ask()[0] if slave.ask()[0] != 502 else 0, "started again without a reboot")
+        slave.write("deploys/frontend-proxy/boot", "another")
+        self.remove("master", "state.json")      # the master is not needed for it
+        self.assertIn("starting again a", slave.update(code=1).err)
+        self.assertEqual((200, "a.zip"), slave.ask())
+        self.assertNotIn("starting again", slave.update(code=1).err)
+
+    def test_sigterm_takes_the_action_back(self):
+        slave = self.slave("x")
+        self.app("slow.zip", startCommand="touch ../../began; sleep 100")
+        self.c2("start", "slow.zip")
+        process = slave.repeat()
+        wait_for(lambda: os.path.exists(slave.path("began")), 60)
+        slave.end(process)
+        self.assertEqual(["frontend-proxy"], [n for n in os.listdir(slave.path("deploys")) if n[0] != "."])
+        self.assertFalse(os.path.exists(slave.path("deploys", "frontend-proxy", "journal.json")))
+
+    def test_killed_in_each_step(self):
+        slave = self.slave("x")
+        self.app("a.zip", prestartCommand="true")
+        self.app("b.zip", prestartCommand="true")
+        killer = slave.write("killer.py", '''
+import os, signal, sys
+sys.path.insert(0, %r)
+import c2
+kind, step, keep = sys.argv[1], sys.argv[2], c2.Journal.step
+def die(self, name, **facts):
+    keep(self, name, **facts)
+    if (type(self.action).__name__, name) == (kind, step):
+        os.kill(os.getpid(), signal.SIGKILL)
+c2.Journal.step = die
+c2.main(["--config", %r, "slave-update"])
+''' % (HERE, slave.path("etc", "camus2.json")))
+        runs, other = "b", "a"
+
+        def switch():
+            deploy = {"label": other, "release": other + ".zip", "port": 8000 + (other == "b")}
+            self.put(json.dumps({"deploys": {other: deploy}, "connections": {"main": other}}), "master",
+                     "state.json")
+        switch()
+        slave.update()
+        runs, other = other, runs
+        visitor = Visitor(slave.address, "main")
+        for kind, steps in (("Create", ("prepare", "swap", "start", "done")),
+                            ("Connect", ("switch",)), ("Destroy", ("drain", "stop", "remove"))):
+            for step in steps:
+                with self.subTest(kind=kind, step=step):
+                    switch()
+                    died = subprocess.call(
+                        ["nsenter", slave.net, sys.executable, killer, kind, step], env=slave.env,
+                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                    self.assertEqual(-signal.SIGKILL, died)
+                    self.assertIn(slave.ask()[0], (200,))
+                    self.assertIn("was killed", slave.update().err)
+                    self.assertEqual({"main": other}, slave.deploys()[1])
+                    self.assertEqual([other], list(slave.deploys()[0]))
+                    self.assertEqual((200, other + ".zip"), slave.ask())
+                    runs, other = other, runs
+        self.assertEqual({200}, {code for code, _ in visitor.finish()})
+
+    def test_masters_at_once(self):
+        self.configure(**self.keys("master", dynamicPortRange=[8000, 8100]))
+        self.app("a.zip")
+        there = []
+        for n in range(int(os.environ.get("C2_ROUNDS", 2))):
+            leaving, there = there[:4], there[4:]
+            coming = ["a%d-%d" % (n, i) for i in range(8 - len(leaving))]
+            there += coming
+            masters = ([self.start_c2("start", "a.zip", label) for label in coming]
+                       + [self.start_c2("stop", label) for label in leaving])
+            for process in masters:
+                ran = self.finish(process, 500)
+                self.assertEqual(0, ran.code, ran)
+            deploys = self.master_state()["deploys"]
+            self.assertEqual(sorted(there), sorted(deploys))
+            self.assertEqual(len(there), len({d["port"] for d in deploys.values()}))
+
+    def test_rules_of_the_master(self):
+        self.app("a.zip")
+        self.app("b.zip")
+        self.assertIn("there is no release c.zip", self.c2("start", "c.zip", code=1).err)
+        self.c2("start", "a.zip")
+        self.c2("connect", "main", "a")
+        self.assertIn("runs already", self.c2("start", "a.zip").err)
+        self.assertIn("is connected to main", self.c2("start", "b.zip", "a", code=3).err)
+        self.c2("stop", "a", code=3)
+        self.c2("connect", "main", "b", code=3)
+        self.c2("connect", "elsewhere", "a", code=2)
+        self.c2("rollback", "main", code=3)
+        self.c2("start", "b.zip")
+        self.c2("connect", "main", "b.zip")
+        self.c2("rollback", "main")
+        state = self.master_state()
+        self.assertEqual({"main": "a"}, state["connections"])
+        self.assertEqual({"label": "b", "release": "b.zip", "port": 8001}, state["deploys"]["b"])
+        shown = self.c2("status").out
+        self.assertIn("main: (main.test:80) -> a", shown)
+        self.assertEqual(state, json.loads(self.c2("status", "--json").out)["master"])
+        self.assertIn("no slave has reported", self.c2("stop", "b", "--wait", "0", code=1).err)
+        self.assertFalse(os.path.exists(self.path("deploys")))
+        self.c2("wait", "0", code=1)
+
+    def test_an_old_aws_cli(self):
+        self.app("a.zip")
+        env = self.fake_aws('case "$*" in *put-object*--if-*) echo "Unknown options: --if-none-match" >&2\n'
+                            'exit 252;; esac\nexec $REAL "$@"')
+        ran = self.c2("start", "a.zip", env=env)
+        self.assertEqual(1, ran.err.count("has no conditional writes"))
+        self.assertEqual(["a"], list(self.master_state()["deploys"]))
+
+    def test_a_large_fleet(self):
+        count = int(os.environ.get("C2_SLAVES", 200))
+        self.app("a.zip")
+        self.c2("start", "a.zip")
+        state = self.master_state()
+        for n in range(count):
+            behind = {"deploys": {}, "connections": {}}
+            record = {"status": {"error": "broken pipe"} if n == 7 else "ok", "ipAddress": "10.0.0.1",
+                      "hostName": "h%d" % n, "state": behind if n == 8 else state}
+            self.put("{" if n == 9 else json.dumps(record), "slaves", "i-%04d" % n, "state.json")
+        env = self.fake_aws('echo "$*" >> %s\nexec $REAL "$@"' % self.path("calls"))
+        began = time.monotonic()
+        ran = self.c2("status", "--show-slaves", env=env)
+        print("status of %d slaves: %.1f s" % (count, time.monotonic() - began), file=sys.stderr)
+        self.assertEqual(2, self.read("calls").count("\n"))
+        lines = ran.out[ran.out.index("Slaves"):].splitlines()
+        self.assertEqual(sorted(lines[1:-1]), lines[1:-1])
+        self.assertEqual("Slaves (%d):" % count, lines[0])
+        self.assertRegex(lines[1], r"^  i-0000 \(10\.0\.0\.1, h0\): ok, \d+ s ago$")
+        for n, words in ((7, "FAILING: broken pipe"), (8, "BEHIND: lacks a"),
+                         (9, "FAILING: the record can't be")):
+            self.assertIn(words, lines[n + 1])
+        self.assertIn("3 of %d slaves need a look" % count, lines[-1])
+        plain = json.loads(self.c2("status", "--show-slaves", "--json").out)
+        self.assertEqual(state, plain["master"])
+        first = plain["slaves"][0]
+        self.assertEqual(("i-0000", state), (first["label"], first["state"]["state"]))
+        self.assertRegex(first["lastModified"], "^20.*Z$")
+
+    def test_flush(self):
+        for name in ("old", "new"):
+            self.put('{"status": "ok", "state": {}}', "slaves", name, "state.json")
+        self.assertIn("removed 0", self.c2("slave-flush").err)
+        script = "import sys, c2\nc2.FLUSH_SECS = -5\nsys.exit(c2.main(['--config', %r, 'slave-flush']))" % (
+            self.path("etc", "camus2.json"))
+        subprocess.check_call([sys.executable, "-c", script], cwd=HERE, env=self.env,
+                              stderr=subprocess.DEVNULL)
+        self.assertIn("removed 0", self.c2("slave-flush").err)
+        for name in ("old", "new"):
+            self.assertRaises(urllib.error.HTTPError, self.report, name)
+
+    def test_the_instance_id_is_the_label(self):
+        slave = self.slave("x")
+        keys = self.keys("x")
+        keys["deployMode"]["proxy"]["slaveLabel"] = "ec2InstanceId"
+        self.write("etc/camus2.json", dict(keys, deploysDir="../deploys", logFile="../log.json"))
+        self.c2("slave-update")
+        self.assertEqual("127.0.0.1", self.report("i-0123456789abcdef0")["ipAddress"])
+        ran = self.c2("slave-update", code=1, env={"AWS_EC2_METADATA_SERVICE_ENDPOINT": "http://127.0.0.1:9"})
+        self.assertRegex(ran.err, "no EC2 instance.*slaveLabel")
+        del slave
+
+
+class FleetWords(unittest.TestCase):
+    """Documents of a fleet: what is taken for a master state, and what is said of a slave's record."""
+
+    STATE = {"deploys": {"a": {"label": "a", "release": "a.zip", "port": 8000}}, "connections": {"main": "a"}}
+
+    def test_master_states(self):
+        good = c2.decode_master(json.dumps(self.STATE), "URL")
+        self.assertEqual({"main": "a"}, good.connections)
+        double, alike = ({"connections": {}, "deploys": {
+            name: {"label": name, "release": "a.zip", "port": port} for name, port in ports}}
+            for ports in ((("a", 1), ("b", 1)), (("a.b", 1), ("ab", 2))))
+        for wrong, words in (({}, "no deploys"), ([], "no deploys"), (None, "no deploys"), (double, "port"),
+                             ({"deploys": {}}, "no connections"), (alike, "docker compose project"),
+                             (dict(self.STATE, connections={"main": "b"}), "no deploy b"),
+                             (dict(self.STATE, deploys=[]), "deploys"),
+                             (json.loads(json.dumps(self.STATE).replace('"a"', '"current"')), "current")):
+            with self.assertRaisesRegex(c2.C2Error, "^URL.*" + words) as caught:
+                c2.decode_master(json.dumps(wrong), "URL")
+            self.assertEqual(1, caught.exception.code)
+        for source in ("", "{", '{"deploys": {}, "connections": {}', "\ufffd", "NaN", "[" * 100000):
+            with self.assertRaises(c2.C2Error):
+                c2.decode_master(source, "URL")
+
+    def test_complaints(self):
+        mode = c2.ProxyMode({e: c2.EndPoint(["x"], c2.Choice("httpOnly")) for e in ("main", "other")})
+        config = c2.Config(c2.Choice("localdir", "/"), deploy_mode=c2.Choice("proxy", mode))
+        wanted, now = c2.decode_master(json.dumps(self.STATE), "URL"), time.time()
+
+        def said(age=10, **keys):
+            source = json.dumps(dict({"status": "ok", "state": self.STATE}, **keys))
+            return c2.complaint(config, wanted, c2.decode_record("i", now - age, source))
+        self.assertEqual("", said())
+        self.assertEqual("", said(status={"ok": None}))
+        self.assertEqual("", said(state=dict(self.STATE, connections={"main": "a", "gone": "a"})))
+        self.assertRegex(said(age=200), "^STALE: not heard of for 200 s$")
+        self.assertRegex(said(age=6000, status={"error": "oh"}), "^STALE: .* 100 min; FAILING: oh$")
+        nothing = {"deploys": {}, "connections": {}}
+        self.assertEqual("BEHIND: lacks a, main is on nothing", said(state=nothing))
+        old = {"deploys": {"o": {"label": "o", "release": "o", "port": 1}}, "connections": {"other": "o"}}
+        self.assertEqual("BEHIND: lacks a, still has o, main is on nothing, other is on o",
+                         said(state=old))
+        for broken in ({"state": 7}, {"status": None}, {"status": 7}, {"state": {"deploys": 7}}):
+            self.assertRegex(said(**broken), "^FAILING: the record can't be read")
+        for source in ("", "7", "[]", "null", '"ok"', "{}"):
+            record = c2.decode_record("i", now, source)
+            self.assertIn("can't be read", record.error)
+            self.assertIn("FAILING", c2.fleet_text(config, wanted, [record]))
+
+    def test_example(self):
+        directory = os.path.join(HERE, "examples", "fleet")
+        config = c2.load_config(os.path.join(directory, "camus2.yaml"), self.fail)
+        base, bucket = config.remote.replace("s3://", "arn:aws:s3:::"), "arn:aws:s3:::example-fleet"
+        for name in os.listdir(directory):
+            with open(os.path.join(directory, name)) as f:
+                text = f.read()
+            if name.endswith(".json"):
+                document = json.loads(text)
+            if name.startswith("iam"):
+                allowed = {(action, resource) for statement in document["Statement"]
+                           for action in [statement["Action"]] * isinstance(statement["Action"], str)
+                           or statement["Action"] for resource in [statement["Resource"]]
+                           * isinstance(statement["Resource"], str) or statement["Resource"]}
+                self.assertIn(("s3:GetObject", base + "/master/state.json"), allowed)
+                self.assertIn(("s3:ListBucket", bucket), allowed)
+                write = ("s3:PutObject", base + "/master/state.json")
+                self.assertEqual("master" in name, write in allowed)
+            if name == "target-group.json":
+                self.assertEqual(config.health_check.incoming_path, document["HealthCheckPath"])
+            if name == "c2-slave.service":
+                command = re.search("^ExecStart=/opt/bin/c2 (.*)$", text, re.M).group(1).split()
+                self.assertEqual(10, c2.parser().parse_args(command).repeat)
+            if name == "user-data.sh":
+                subprocess.check_call(["bash", "-n", os.path.join(directory, name)])
+
+
+class S3Stub(threading.Thread):
+    """Answers GETs as S3 does, over kept connections, and counts."""
+
+    def __init__(self):
+        threading.Thread.__init__(self, daemon=True)
+        stub, self.answers, self.body, self.seen, self.connections = self, [], "one", [], 0
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def setup(self):
+                http.server.BaseHTTPRequestHandler.setup(self)
+                stub.connections += 1
+
+            def do_GET(self):
+                etag = '"%s"' % stub.body
+                status = 304 if self.headers.get("If-None-Match") == etag else 200
+                status = stub.answers.pop(0) if stub.answers else status
+                stub.seen.append(status)
+                if status == "drop":
+                    self.close_connection = True
+                    return
+                body = stub.body.encode() if status == 200 else b""
+                self.send_response(status)
+                self.send_header("ETag", etag)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *args):
+                pass
+
+        class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
+            daemon_threads = True
+        self.server = Server(("127.0.0.1", 0), Handler)
+        self.start()
+
+    def run(self):
+        self.server.serve_forever()
+
+
+class Polls(unittest.TestCase):
+    """Reading the master's document, with S3 and the aws CLI played."""
+
+    def setUp(self):
+        self.stub, self.calls, self.log = S3Stub(), [], mock.Mock()
+        self.addCleanup(self.stub.server.server_close)
+        self.addCleanup(self.stub.server.shutdown)
+        patch = mock.patch.object(c2, "aws", self.aws)
+        patch.start()
+        self.addCleanup(patch.stop)
+        self.poll = c2.Poll(self.log, "s3://bucket/key")
+        self.addCleanup(lambda: self.poll.connection and self.poll.connection.close())
+
+    def aws(self, *args):
+        self.calls.append(args[1])
+        signed = "http://127.0.0.1:%d/key?sign=1\n" % self.stub.server.server_port
+        return signed if args[1] == "presign" else "cli"
+
+    def test_many_polls_start_the_cli_once(self):
+        for _ in range(50):
+            self.assertEqual("one", self.poll.read())
+        self.stub.body = "two"
+        self.assertEqual(["two", "two"], [self.poll.read(), self.poll.read()])
+        self.assertEqual((["presign"], 1), (self.calls, self.stub.connections))
+        self.assertEqual([200] + [304] * 49 + [200, 304], self.stub.seen)
+
+    def test_a_closed_connection_is_made_again(self):
+        self.poll.read()
+        self.stub.answers = ["drop"]
+        self.assertEqual(("one", ["presign"]), (self.poll.read(), self.calls))
+
+    def test_it_is_signed_again_in_time_and_when_refused(self):
+        self.poll.read()
+        self.stub.answers = [403]
+        self.assertEqual("one", self.poll.read())
+        self.poll.renew = 0
+        self.assertEqual("one", self.poll.read())
+        self.assertEqual(["presign"] * 3, self.calls)
+
+    def test_missing(self):
+        self.stub.answers = [404]
+        self.assertRaises(c2.Missing, self.poll.read)
+
+    def test_where_it_is_not_possible_the_cli_is_used_and_that_is_said_once(self):
+        self.stub.answers = [400, 400]
+        self.assertEqual(["cli"] * 3, [self.poll.read() for _ in range(3)])
+        self.assertEqual(["presign"] * 2 + ["cp"] * 3, self.calls)
+        self.assertEqual(1, self.log.warn.call_count)
+        self.poll.fall_back = 0
+        self.assertEqual("one", self.poll.read())
+
+    def test_an_outage_is_no_reason_to_fall_back(self):
+        self.poll.read()
+        self.stub.answers = ["drop", "drop"]
+        with mock.patch.object(c2, "aws", side_effect=c2.C2Error("out of reach")):
+            self.assertRaises(c2.C2Error, self.poll.read)
+        self.assertEqual(("one", ["presign"], 0), (self.poll.read(), self.calls, self.log.warn.call_count))
+
+
+class Steps(unittest.TestCase):
+    """next_step against a model of a machine on which some things fail."""
+
+    def state(self, rng):
+        labels, ports = rng.sample("abcdef", rng.randrange(5)), rng.sample(range(1, 7), 5)
+        deploys = {n: c2.Deploy(n, "r%d" % rng.randrange(3), ports[i]) for i, n in enumerate(sorted(labels))}
+        ends = [e for e in ("e", "f", "g") if deploys and rng.random() < .6]
+        return c2.State(deploys, {e: rng.choice(sorted(deploys)) for e in ends})
+
+    def test_what_serves_is_not_taken_away_for_what_fails(self):
+        for n in range(800):
+            rng = random.Random(SEED + n)
+            old, new = self.state(rng), self.state(rng)
+            sick = [d for d in new.deploys.values() if rng.random() < rng.choice((0, .4))]
+            with self.subTest(C2_SEED=SEED + n):
+                self.replay(old, new, sick)
+
+    def replay(self, old, new, sick):
+        ends, state, failed = ("e", "f", "g"), old, set()
+        for _ in range(100):
+            action = c2.next_step(ends, state, new, failed.__contains__)
+            if not action:
+                break
+            if isinstance(action, (c2.Create, c2.Replace)) and action.deploy in sick:
+                failed.add(action)
+                continue
+            if c2.is_outage(ends, action, new):
+                target = new.deploys[new.connections[action.end_point]]
+                self.assertNotEqual(state.deploys.get(target.label), target, "cut off for nothing")
+                planned = c2.plan(ends, state, new)
+                self.assertFalse([a for a in failed if a.deploy == target and a in planned])
+            state = c2.next_state(action, state)
+            ports = [d.port for d in state.deploys.values()]
+            self.assertEqual(len(ports), len(set(ports)))
+            self.assertLessEqual(set(state.connections.values()), set(state.deploys), "points at nothing")
+            if isinstance(action, c2.Connect):
+                self.assertEqual(new.deploys[action.label], state.deploys[action.label])
+        else:
+            self.fail("it does not end")
+        if not sick:
+            self.assertEqual((new.deploys, new.connections), (state.deploys, state.connections))
+        healthy = [d for d in new.deploys.values() if d not in sick]
+        for deploy in healthy:
+            if not c2.blockers(old, deploy):
+                self.assertEqual(deploy, state.deploys.get(deploy.label), "held up by what failed")
+
+    def test_a_deploy_that_only_starts_or_only_connects_to_others(self):
+        a, b, c = c2.Deploy("a", "a", 1), c2.Deploy("b", "b", 2), c2.Deploy("c", "c", 3)
+        old = c2.State({"a": a}, {"e": "a"})
+        new = c2.State({"b": b, "c": c}, {"e": "b", "f": "c"})
+        barred = {c2.Create(b)}
+        done = []
+        while True:
+            action = c2.next_step("ef", old, new, barred.__contains__)
+            if not action:
+                break
+            done.append(action)
+            old = c2.next_state(action, old)
+        self.assertEqual([c2.Create(c), c2.Connect("f", "c")], done)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -3987,12 +4855,12 @@ class CertificateFiles(unittest.TestCase):
         for terminal, env, coloured in cases:
             out = mock.Mock(wraps=io.StringIO(), isatty=lambda terminal=terminal: terminal, buffer=None)
             with mock.patch.object(sys, "stdout", out), mock.patch.dict(os.environ, env):
-                c2.cmd_status(host, mock.Mock(json=False))
+                c2.cmd_status(host, mock.Mock(json=False, show_slaves=False, watch=None))
             shown = "".join(call[0][0] for call in out.write.call_args_list)
             self.assertRegex(shown, r"\n  main: \S*www.example.com: (9|10) days left, until")
             self.assertEqual("\x1b[33m" in shown, coloured)
         with contextlib.redirect_stdout(io.StringIO()) as out:
-            c2.cmd_status(host, mock.Mock(json=True))
+            c2.cmd_status(host, mock.Mock(json=True, show_slaves=False, watch=None))
         found = json.loads(out.getvalue())["certificates"]["main"]
         self.assertEqual(found["names"], ["www.example.com"])
         self.assertIn(found["daysLeft"], (9, 10))

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import random
+import resource
 import shutil
 import statistics
 import subprocess
@@ -34,13 +35,23 @@ def seconds(function, *args):
     return time.perf_counter() - start
 
 
-def compare(title, rounds, ours, theirs, after=lambda: None):
+def cpu(function, *args):
+    """The CPU seconds of this process and of the children that it has waited for."""
+    def spent():
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return time.process_time() + children.ru_utime + children.ru_stime
+    start = spent()
+    function(*args)
+    return spent() - start
+
+
+def compare(title, rounds, ours, theirs, after=lambda: None, measure=seconds):
     """Time the pairs and print their line. The first pair only warms up; `after` each side is not timed."""
     pairs = []
     for n in range(rounds + 1):
         pair = {}
         for side in (ours, theirs) if n % 2 else (theirs, ours):
-            pair[side] = seconds(side)
+            pair[side] = measure(side)
             after()
         pairs.append((pair[ours], pair[theirs]))
     ratios = [a / b for a, b in pairs[1:]]
@@ -127,6 +138,20 @@ def mustache(rounds, module):
             lambda: module.render_template(flat, context), replace)
 
 
+def poll(rounds, module):
+    """A slave's look at a master state that has not changed, in CPU time, against the aws CLI."""
+    bucket = "s3://c2-bench-%d" % os.getpid()
+    url = bucket + "/master/state.json"
+    run("aws", "s3", "mb", bucket)
+    with tempfile.NamedTemporaryFile("w") as f:
+        f.write('{"deploys": {}, "connections": {}}')
+        f.flush()
+        run("aws", "s3", "cp", f.name, url)
+        reader = module.Poll(None, url)
+        compare("an unchanged poll / aws s3 cp, CPU", rounds, reader.read,
+                lambda: run("aws", "s3", "cp", "--only-show-errors", url, f.name), measure=cpu)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a few rounds only")
@@ -146,6 +171,8 @@ def main():
         unpack(few, c2, work)
     yaml(few, module)
     mustache(few, module)
+    if os.environ.get("C2_TEST_ROOT"):      # in the test bed there is an S3
+        poll(few, module)
 
 
 if __name__ == "__main__":
