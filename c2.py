@@ -3409,12 +3409,13 @@ def destroy(host: Host, journal: Journal, deploy: Deploy, force: bool) -> None:
                                     output=getattr(e, "output", "")) from None
             host.log.warn("stop-failed", f"{e}; removing it all the same", deploy=deploy.label,
                           output=getattr(e, "output", ""))
-    journal.step("remove")
-    if config.proxy:
-        remove_tree(place)
-        remove_tree(output_path(config, deploy.label))
-    else:
-        replace_link(config.path("current"), None)
+    with uninterruptible():
+        journal.step("remove")
+        if config.proxy:
+            remove_tree(place)
+            remove_tree(output_path(config, deploy.label))
+        else:
+            replace_link(config.path("current"), None)
 
 
 def undo(host: Host, journal: Journal) -> None:

@@ -5198,6 +5198,15 @@ exec | run | logs) ;;
 esac
 '''
 
+FAKE_AWS = r'''#!/bin/sh
+# As much of aws as a start asks for: a store in $STORE, and one secret.
+case "$1 $2" in
+"s3 cp") cp "$STORE/${3##*/}" "$4" ;;
+"secretsmanager get-secret-value") echo '{"SecretString": "{\\"key\\": \\"value\\"}"}' ;;
+*) echo "unknown: $*" >&2; exit 2 ;;
+esac
+'''
+
 # Listens (on a port but 0), goes to the background, and says in its answers and in a register who it is.
 FAKE_APP = r'''
 import os, socket, sys
@@ -5259,7 +5268,7 @@ class Strike(object):
 
     def hit(self, what, kind):
         """Count an effect; at the n-th, kill this process, or tell that it is to fail."""
-        if self.mode != "kill" and not (kind and self.mode.startswith(kind)):
+        if self.mode not in ("kill", "signal") and not (kind and self.mode.startswith(kind)):
             return False
         self.count += 1
         sticky = self.mode in ("disk full", "disk read-only") and self.count > self.at
@@ -5270,15 +5279,17 @@ class Strike(object):
         os.close(fd)
         if self.mode == "kill":
             self.os_kill(os.getpid(), signal.SIGKILL)
-        return True
+        if self.mode == "signal":
+            self.os_kill(os.getpid(), signal.SIGTERM)
+        return self.mode != "signal"
 
     def wrap_file(self, name, function):
         def wrapped(path, *args, **options):
             flags = args[0] if args else options.get("mode", "r")
             reads = name == "open" and (isinstance(path, int) or not (
                 flags & (os.O_WRONLY | os.O_RDWR) if isinstance(flags, int) else set(flags) & set("wxa+")))
-            log = str(path).endswith("log.json") and self.mode != "kill"
-            if reads or log or self.mode == "kill" and name not in self.KILL:
+            kills = self.mode in ("kill", "signal")
+            if reads or str(path).endswith("log.json") or kills and name not in self.KILL:
                 return function(path, *args, **options)
             hit = self.hit("%s %s %s" % (name, path, args[:1]), "disk")
             room = name not in self.ALLOCATE or name == "open" and os.path.exists(path)
@@ -5311,8 +5322,10 @@ class Faulty(Sandbox):
         for name in ("fake", "register", "deploys"):
             os.mkdir(self.path(name))
         self.write("path/docker", FAKE_DOCKER, 0o755)
+        self.write("path/aws", FAKE_AWS, 0o755)
         self.write("app.py", FAKE_APP)
         self.env.update(PATH=self.path("path") + ":" + os.environ["PATH"], FAKE=self.path("fake"),
+                        STORE=self.path("releases"),
                         CAMUS2_CONFIG=self.path("etc", "camus2.json"),
                         FAKE_DIR=self.path("deploys", "frontend-proxy"))
         self.ports = free_ports(41)
@@ -5335,8 +5348,12 @@ class Faulty(Sandbox):
                                "other": {"serverNames": ["other.test"], "etype": "httpOnly"}},
                  "httpPort": self.ports, "dynamicPortRange": [self.ports + 1, self.ports + 41],
                  "readyTimeoutSecs": .5, "drainTimeoutSecs": .3}
-        self.configure(configSources={"source": {"file": "../source.json"}}, commandTimeoutSecs=self.timeout,
-                       deployMode={"proxy": proxy} if self.proxy else "noproxy")
+        if self.proxy:
+            self.configure(configSources={"source": {"file": "../source.json"}}, deployMode={"proxy": proxy},
+                           commandTimeoutSecs=self.timeout)
+        else:
+            self.configure(configSources={"source": {"awsSecretArn": "arn:x"}},
+                           commandTimeoutSecs=self.timeout, releases={"s3": "s3://bucket/releases"})
 
     def serve(self):
         """nginx, as far as c2 asks it: where do the links point? It listens while the container is up."""
@@ -5526,14 +5543,14 @@ class Faulty(Sandbox):
             os.unlink(told)
             self.injected += 1
 
-    strides = {"kill": 2, "disk full": 7, "program hangs": 2}
+    strides = {"kill": 2, "signal": 5, "disk full": 7, "program hangs": 2}
 
     def report(self, modes, begun):
         print("%s, %s: %d faults injected, all survived, in %.0f s" % (
             type(self).__name__, "/".join(modes), self.injected, time.time() - begun), file=sys.stderr)
 
     def after_strike(self, mode, command, ran, served):
-        self.assertIn(ran.code, (-9,) if mode == "kill" else (0, 1, 3))
+        self.assertIn(ran.code, {"kill": [-9], "signal": [143, 0, 1, 3]}.get(mode, [0, 1, 3]))
         self.assertLessEqual(set(served), set(self.served()), "served before")
         if mode == "kill" and self.random.random() < .3:
             strike = Strike(mode, self.random.randint(1, 12), self.path("hit twice"))
@@ -5541,7 +5558,8 @@ class Faulty(Sandbox):
             self.assertIn(again.code, (-9, 3), "killed while it recovers")
             self.injected += again.code == -9
             self.assertLessEqual(set(served), set(self.served()), "served before, after two kills")
-        self.run_c2("stop", "nosuch", code=3)
+        after = self.run_c2("stop", "nosuch", code=3)
+        self.assertFalse(mode == "signal" and "was killed" in after.err, "nothing was taken back: %s" % after)
         self.assertLessEqual(set(served), set(self.served()), "served before, after the next command")
         deploys = self.abstract()[0]
         if "going on with the start" in ran.err:        # a stop command has failed, which was reported
@@ -5584,6 +5602,9 @@ class FaultsWithTheProxy(Faulty):
     def test_kill_at_every_effect(self):
         self.story("kill")
 
+    def test_signal(self):
+        self.story("signal")
+
     def test_disk_fails(self):
         self.story("disk full", "disk read-only", "disk error")
 
@@ -5615,6 +5636,9 @@ class FaultsWithoutTheProxy(Faulty):
 
     def test_kill_at_every_effect(self):
         self.story("kill")
+
+    def test_signal(self):
+        self.story("signal")
 
     def test_disk_fails(self):
         self.story("disk full", "disk read-only", "disk error")
