@@ -3392,9 +3392,10 @@ def restart(host: Host, journal: Journal, deploy: Deploy) -> None:
 def destroy(host: Host, journal: Journal, deploy: Deploy, force: bool) -> None:
     """Drain, stop and remove a deploy; without the proxy its directory stays."""
     config, place = host.config, host.config.path(deploy.label)
-    again = journal.record.get("step") == "stop"    # killed; a stop command may fail the second time
-    if journal.record.get("step") != "remove":
-        journal.step("drain")
+    step = journal.record.get("step")
+    again = step == "stop" or journal.record.get("again", False)    # a stop command may fail the second time
+    if step != "remove":
+        journal.step("drain", again=again)
         if config.proxy:
             drain(host, deploy)
         journal.step("stop")

@@ -5435,7 +5435,7 @@ class Faulty(Sandbox):
             os.environ.update(self.env)
             sleep = time.sleep
             time.sleep = lambda seconds: sleep(min(seconds, .01))
-            c2.END_GRACE_SECS, c2.ASK_TIMEOUT_SECS, c2.RELOAD_TIMEOUT_SECS, c2.LINGER_SECS = 1, .3, .3, 0
+            c2.END_GRACE_SECS, c2.ASK_TIMEOUT_SECS, c2.RELOAD_TIMEOUT_SECS = 1, .3, .3
             if strike:
                 strike()
             code = c2.main(list(args))
