@@ -336,7 +336,7 @@ def main():
     parser.add_argument("--switches", type=int, default=100, help="with apps on the host (default: 100)")
     parser.add_argument("--published", type=int, help="with apps behind published ports (default: a third)")
     parser.add_argument("--rate", type=float, default=500, help="requests a second, about (default: 500)")
-    parser.add_argument("--rounds", type=int, default=5, help="of the throughput (default: 5)")
+    parser.add_argument("--rounds", type=int, default=9, help="of the throughput (default: 9)")
     parser.add_argument("--limit", type=float, default=1800, help="in seconds (default: 1800)")
     args = parser.parse_args()
     published = args.switches // 3 if args.published is None else args.published
@@ -348,7 +348,7 @@ def main():
         if count:
             lost += compare(title, commands, services, count, args.rate, until)
     if args.rounds:
-        throughput(args.rounds, 4)
+        throughput(args.rounds, 2)
     return 1 if lost else 0
 
 
