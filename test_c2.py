@@ -2376,7 +2376,7 @@ class OneHost(Sandbox):
         self.addCleanup(process.stdout.close)
         self.addCleanup(process.stderr.close)
         self.addCleanup(process.wait)
-        self.addCleanup(lambda: process.poll() is None and process.kill())
+        self.addCleanup(lambda: process.poll() is None and process.terminate())
         wait_for(lambda: os.path.exists(self.path("in-front")), what="the command in the foreground")
         return process
 
