@@ -4332,6 +4332,7 @@ def cmd_rollback(host: Host, args: Any) -> None:
 
 
 def cmd_status(host: Host, args: Any) -> None:
+    """Print the state, of the master and its slaves where there is one; what is under way is only said."""
     config = host.config
     if args.show_slaves or args.watch or config.remote:
         require_remote(config, "status --show-slaves")
