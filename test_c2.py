@@ -5199,10 +5199,13 @@ esac
 '''
 
 FAKE_AWS = r'''#!/bin/sh
-# As much of aws as a start asks for: a store in $STORE, and one secret.
-case "$1 $2" in
-"s3 cp") cp "$STORE/${3##*/}" "$4" ;;
-"secretsmanager get-secret-value") echo '{"SecretString": "{\\"key\\": \\"value\\"}"}' ;;
+# As much of aws as c2 asks for: a store in $STORE with a fleet's master state, and one secret.
+case "$1 $2 $4" in
+"s3 cp -") cat "$STORE/master" 2>/dev/null || { echo "An error occurred (404): Not Found" >&2; exit 1; } ;;
+"s3 presign "*) echo http://127.0.0.1:1/nothing ;;
+"s3api put-object "*) ;;
+"s3 cp "*) cp "$STORE/${3##*/}" "$4" ;;
+"secretsmanager "*) echo '{"SecretString": "{\\"key\\": \\"value\\"}"}' ;;
 *) echo "unknown: $*" >&2; exit 2 ;;
 esac
 '''
@@ -5976,6 +5979,27 @@ class Hostile(Faulty):
                 pass
         self.fuzz("templates", attempt)
 
+    def test_objects_in_s3(self):
+        """A master state and the records of slaves."""
+        deploy = c2.Deploy("b", "b.zip", self.ports + 9)
+        state = c2.encode_state(c2.State({"b": deploy}, {"main": "b"}))
+        record = {"status": {"error": "x"}, "ipAddress": "127.0.0.1", "hostName": "h", "state": state}
+        config = c2.load_config(self.env["CAMUS2_CONFIG"])
+
+        def attempt(rng):
+            source = self.mutate(rng, json.dumps(state).encode()).decode("utf-8", "replace")
+            wanted = None
+            try:
+                wanted = c2.decode_master(source, "s3://bucket/master")
+                c2.plan(config.end_points, c2.State(), wanted)
+            except c2.C2Error as e:
+                assert "\n" not in str(e), e
+            source = self.mutate(rng, json.dumps(record).encode()).decode("utf-8", "replace")
+            found = c2.decode_record("slave", time.time(), source)
+            json.dumps(found.raw)
+            c2.fleet_text(config, wanted, [found])
+        self.fuzz("objects in S3", attempt)
+
     def test_files_of_c2(self):
         """state.json, the journal, the lock and release.json: c2 reads them, or says which is wrong."""
         self.run_c2("start", "a.zip")
@@ -6095,6 +6119,32 @@ class OriginalFaults(Faulty):
             ports.append(self.state()["deploys"][name]["port"])
             self.run_c2("stop", name)
         self.assertEqual(ports, [ports[0], ports[0] + 1, ports[0] + 2])
+
+    def follow(self, master):
+        """Be a slave for one round; master: its state, None for a missing one."""
+        if master:
+            self.write("releases/master", master)
+        keys = json.loads(self.read("etc/camus2.json"))
+        keys["deployMode"]["proxy"].update(remoteStateS3="s3://bucket/fleet", slaveLabel={"label": "x"},
+                                           slaveInterfaceName="lo")
+        self.configure(**keys)
+        return self.run_c2("slave-update", code=1)
+
+    def test_a_missing_master_state_is_no_empty_one(self):
+        self.run_c2("start", "a.zip")
+        self.run_c2("connect", "main", "a")
+        for master in (None, "{}", "[]", "", "null", '{"deploys": {}}'):
+            self.assertRegex(self.follow(master).err, "is not there, though|is no state|not valid JSON")
+            self.assertEqual(self.served(), {"main": "a.zip"})
+        self.check()
+
+    def test_one_failing_action_stops_no_later_one(self):
+        deploys = {n: {"label": n, "release": n + ".zip", "port": self.ports + 5 + i}
+                   for i, n in enumerate(("a", "bad", "b"))}
+        said = self.follow({"deploys": deploys, "connections": {"main": "b", "other": "bad"}}).err
+        self.assertIn("bad: the start command", said)
+        self.assertEqual(self.abstract(), ({"a": "a.zip", "b": "b.zip"}, {"main": "b"}))
+        self.assertEqual(self.served(), {"main": "b.zip"})
 
     def test_two_at_once_lose_no_update(self):
         for fork in [self.fork_c2("start", "a.zip", "n%d" % n) for n in range(4)]:
