@@ -4368,6 +4368,7 @@ def cmd_wait(host: Host, args: Any) -> None:
 
 
 def cmd_slave_update(host: Host, args: Any) -> None:
+    """Make this machine match the master state; with --repeat for ever, whatever goes wrong."""
     import random
     require_remote(host.config, "slave-update")
     slave = Slave(host, getattr(args, "config", None))
