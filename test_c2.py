@@ -2921,7 +2921,7 @@ class TheFileItself(unittest.TestCase):
                 if isinstance(inner, ast.ExceptHandler) and (
                         inner.type is None or getattr(inner.type, "id", "") == "Exception"):
                     caught.append(node.name)
-        self.assertEqual(sorted(caught), ["cmd_slave_update", "main"])    # a slave survives every error
+        self.assertEqual(sorted(caught), ["cmd_slave_update", "main"])  # a slave survives all
 
     def test_what_is_called_from_outside_is_documented(self):
         import ast
