@@ -5626,6 +5626,7 @@ class FaultsWithoutTheProxy(Faulty):
     """Replacing, going back and stopping, with a fault at each effect."""
 
     proxy = False
+    strides = {"kill": 3, "signal": 7, "disk full": 9, "program hangs": 2}
     kept = frozenset(["a", "b", "b2"])
 
     def story(self, *modes):
