@@ -5396,6 +5396,7 @@ class Faulty(Sandbox):
     def end_apps(self):
         for pid in self.apps():
             os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: not self.apps(), what="the end of the apps")
 
     def fork_c2(self, *args, **options):
         """Begin a c2 in a fork of this process, with waits cut short; strike= is called there first."""
@@ -5475,6 +5476,8 @@ class Faulty(Sandbox):
                 self.assertNotRegex(name, "~$|journal", directory)
         for place in (".staging", ".old", "frontend-proxy/blocked"):
             self.assertEqual(c2.list_dir(os.path.join(root, place)), [], place)
+        with contextlib.suppress(AssertionError):       # a signal takes its time
+            wait_for(lambda: sorted(self.apps().values()) == sorted(deploys.values()), 5)
         self.assertEqual(sorted(self.apps().values()), sorted(deploys.values()), "apps that run, and should")
         present = set(os.listdir(root)) - {"frontend-proxy", "current", ".staging", ".old"}
         self.assertEqual(present - self.kept, set(deploys) - self.kept)
