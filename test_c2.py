@@ -4033,6 +4033,37 @@ class Fleet(FleetCase):
             slave.end(slave.repeating)
         self.assertFalse(os.path.exists(self.path("deploys")), "the master touched its own machine")
 
+    def test_a_machine_with_docker(self):
+        name = "c2-fleet-%d" % os.getpid()
+        self.addCleanup(subprocess.call, ["docker", "rm", "-f", name], stdout=subprocess.DEVNULL,
+                        stderr=subprocess.DEVNULL)
+
+        def configure(host):
+            self.configure(**self.keys("real", containerName=name, endPoints={
+                "main": {"serverNames": [host], "etype": "httpOnly"}}), nginxDockerImage="c2-test/nginx",
+                nginxDockerVersion="local")
+        configure("main.test")
+        here = mock.Mock(address="127.0.0.1", end_point="main")
+        for release in ("a.zip", "b.zip"):
+            self.app(release)
+            self.c2("start", release)
+            self.c2("connect", "main", release)
+            self.c2("slave-update")
+            self.assertEqual((200, release), Visitor.ask(here))
+        visitor = Visitor("127.0.0.1", "main")
+        configure("*.test")
+        self.c2("stop", "a")
+        process = self.start_c2("slave-update", "--repeat", "1")
+        self.c2("wait", "60")
+        self.assertEqual({(200, "b.zip")}, set(visitor.finish()))
+        self.assertEqual((200, "b.zip"), Visitor.ask(mock.Mock(address="127.0.0.1", end_point="new")))
+        self.c2("disconnect", "main")
+        self.c2("stop", "b", "--wait", "60")
+        self.assertEqual(503, Visitor.ask(here)[0])
+        process.terminate()
+        self.assertEqual(143, self.finish(process).code)
+        self.c2("shutdown-frontend-proxy")
+
     def test_a_release_that_fails_on_one_machine(self):
         slaves = self.three()
         self.app("bad.zip", startCommand="test ! -e ../../broken || exit 7; %s app.py >/dev/null 2>&1 & "

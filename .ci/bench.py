@@ -56,8 +56,9 @@ def compare(title, rounds, ours, theirs, after=lambda: None, measure=seconds):
         pairs.append((pair[ours], pair[theirs]))
     ratios = [a / b for a, b in pairs[1:]]
     a, b = (statistics.median(side) * 1000 for side in zip(*pairs[1:]))
-    print("%-52s %6.2f  %6.2f-%-6.2f %9.1f %9.1f %6d" % (
-        title, statistics.median(ratios), min(ratios), max(ratios), a, b, rounds), flush=True)
+    shown = ["%.2f" % ratio if ratio > .05 else "%.4f" % ratio
+             for ratio in (statistics.median(ratios), min(ratios), max(ratios))]
+    print("%-52s %6s  %6s-%-6s %9.1f %9.1f %6d" % (title, *shown, a, b, rounds), flush=True)
 
 
 def start_up(rounds, c2):
