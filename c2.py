@@ -1100,14 +1100,26 @@ def next_step(end_points: Any, old: State, new: State, barred: Callable[[Any], b
     barred: tells whether an action has failed and is not due again. What does not build on such a one goes
     on, and no endpoint is cut off for a deploy that can't be had.
     """
-    actions = plan(end_points, old, new)
-    outages = [a for a in actions if is_outage(end_points, a, new)]
-    vain = {a.deploy.label for a in actions if isinstance(a, (Create, Replace)) and barred(a)}
-    vain &= {new.connections[a.end_point] for a in outages}
-    for action in actions:
-        if not barred(action) and possible(action, old, new) and not (vain and action in outages):
-            return action
+    from itertools import groupby
+    for outage, run in groupby(plan(end_points, old, new), lambda a: is_outage(end_points, a, new)):
+        steps = list(run)
+        if not (outage and in_vain(end_points, steps, old, new, barred)):
+            for action in steps:
+                if not barred(action) and possible(action, old, new):
+                    return action
     return None
+
+
+def in_vain(end_points: Any, outages: list, old: State, new: State, barred: Callable[[Any], bool]) -> bool:
+    """Whether endpoints that are taken off would stay off, since what has failed stands in the way."""
+    state = old
+    for outage in outages:
+        state = next_state(outage, state)
+    action = next_step(end_points, state, new, barred)
+    while action:
+        state = next_state(action, state)
+        action = next_step(end_points, state, new, barred)
+    return any(state.connections.get(a.end_point) != new.connections[a.end_point] for a in outages)
 
 
 def is_outage(end_points: Any, action: Any, new: State) -> bool:

@@ -4584,33 +4584,39 @@ class Steps(unittest.TestCase):
                 self.replay(old, new, sick)
 
     def replay(self, old, new, sick):
-        ends, state, failed = ("e", "f", "g"), old, set()
+        failed = set()
+        state, cut = self.walk(old, new, sick, failed)
+        if not sick:
+            self.assertEqual((new.deploys, new.connections), (state.deploys, state.connections))
+        for deploy in new.deploys.values():
+            if deploy not in sick and not c2.blockers(old, deploy):
+                self.assertEqual(deploy, state.deploys.get(deploy.label), "held up by what failed")
+        for end_point, name in cut.items():     # put back, it stays where it is until that is due again
+            if end_point not in state.connections and name in state.deploys:
+                state = c2.next_state(c2.Connect(end_point, name), state)
+        again, cut = self.walk(state, new, sick, failed)
+        self.assertEqual((state, {}), (again, cut))
+
+    def walk(self, state, new, sick, failed):
+        ends, cut = ("e", "f", "g"), {}
         for _ in range(100):
             action = c2.next_step(ends, state, new, failed.__contains__)
             if not action:
-                break
+                return state, cut
             if isinstance(action, (c2.Create, c2.Replace)) and action.deploy in sick:
                 failed.add(action)
                 continue
             if c2.is_outage(ends, action, new):
                 target = new.deploys[new.connections[action.end_point]]
                 self.assertNotEqual(state.deploys.get(target.label), target, "cut off for nothing")
-                planned = c2.plan(ends, state, new)
-                self.assertFalse([a for a in failed if a.deploy == target and a in planned])
+                cut[action.end_point] = state.connections[action.end_point]
             state = c2.next_state(action, state)
             ports = [d.port for d in state.deploys.values()]
             self.assertEqual(len(ports), len(set(ports)))
             self.assertLessEqual(set(state.connections.values()), set(state.deploys), "points at nothing")
             if isinstance(action, c2.Connect):
                 self.assertEqual(new.deploys[action.label], state.deploys[action.label])
-        else:
-            self.fail("it does not end")
-        if not sick:
-            self.assertEqual((new.deploys, new.connections), (state.deploys, state.connections))
-        healthy = [d for d in new.deploys.values() if d not in sick]
-        for deploy in healthy:
-            if not c2.blockers(old, deploy):
-                self.assertEqual(deploy, state.deploys.get(deploy.label), "held up by what failed")
+        self.fail("it does not end")
 
     def test_a_deploy_that_only_starts_or_only_connects_to_others(self):
         a, b, c = c2.Deploy("a", "a", 1), c2.Deploy("b", "b", 2), c2.Deploy("c", "c", 3)
