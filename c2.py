@@ -2812,10 +2812,16 @@ def compose(host: Host, *args: str, **options: Any) -> str:
         raise
 
 
+def laid_out(config: Config) -> Optional[str]:
+    """The compose file that the proxy's container was made from; while that changes, the one before."""
+    before = read_file(config.proxy_path("docker-compose.before.yml"))
+    return read_file(config.proxy_path("docker-compose.yml")) if before is None else before
+
+
 def as_laid_out(host: Host) -> Host:
     """The host with the container name of its compose file, which may be another than that of the
     configuration: the proxy that was made by that name goes before the new one comes."""
-    mode, service = host.config.proxy, nginx_service(read_file(host.config.proxy_path("docker-compose.yml")))
+    mode, service = host.config.proxy, nginx_service(laid_out(host.config))
     name = service["container_name"] if service else mode.container_name
     if name == mode.container_name:
         return host
@@ -2991,10 +2997,9 @@ def route(host: Host, state: State, start: bool = True, check: Callable[[], None
     former, layout, container = as_laid_out(host), compose_file(config), inspect_proxy(host)
     if former is not host:
         container = inspect_proxy(former)
-    layout_path = config.proxy_path("docker-compose.yml")
     candidate = config.proxy_path("conf", "candidate.conf")
     lay_out_proxy(config, state)
-    old_layout = read_file(layout_path)
+    old_layout = laid_out(config)
     rebuild = container.running and nginx_service(old_layout) != nginx_service(layout)
     runs = container.running and not rebuild
     context = gather_context(host, state, container, runs)
@@ -3006,9 +3011,7 @@ def route(host: Host, state: State, start: bool = True, check: Callable[[], None
         host.log.warn("proxy", "the proxy's image, name or directories have changed: its container is made "
                       "anew, which refuses connections for a few seconds")
     with undo_on_failure() as undo:
-        if old_layout != layout:
-            undo.append(lambda: replace_file(layout_path, old_layout) if old_layout is not None else None)
-            replace_file(layout_path, layout)
+        write_layout(config, layout, old_layout, undo)
         if (start or container.running) and (reload_due or not runs):
             undo.append(install_nginx_conf(host, conf, runs))
         before = read_links(config)
@@ -3019,13 +3022,30 @@ def route(host: Host, state: State, start: bool = True, check: Callable[[], None
             host.log.info("reload", "nginx serves its new configuration")
         elif not runs and (start or rebuild):
             bring_up(host, former, bool(container.directory), undo)
+            if rebuild:
+                reload_proxy(host)      # a kill may have come between its being made and being recorded
         if start or container.running:
             verify(host, state, conf)
             check()
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(candidate)
+    for path in (candidate, config.proxy_path("docker-compose.before.yml")):
+        remove_tree(path)
     replace_file(config.proxy_path("nginx.ctx.json"), json.dumps(context, indent=2) + "\n")
     remove_old_certificates(config)
+
+
+def write_layout(config: Config, layout: str, old: Optional[str], undo: list) -> None:
+    """Write the compose file; the `old` one is kept beside it until the container has been made anew."""
+    path, before = config.proxy_path("docker-compose.yml"), config.proxy_path("docker-compose.before.yml")
+
+    def take_back() -> None:
+        if old is not None:
+            replace_file(path, old)
+        remove_tree(before)
+    if layout != old or layout != read_file(path):
+        undo.append(take_back)
+        if old is not None:
+            replace_file(before, old)
+        replace_file(path, layout)
 
 
 def bring_up(host: Host, former: Host, there: bool, undo: list) -> None:

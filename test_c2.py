@@ -2909,7 +2909,7 @@ class TheFileItself(unittest.TestCase):
                 self.assertEqual(node.level, 0)
                 names.add(node.module.split(".")[0])
         self.assertLessEqual(names, set(
-            "argparse base64 collections contextlib datetime difflib errno fcntl hashlib http json os pwd "
+            "argparse base64 collections contextlib difflib errno fcntl hashlib http itertools json os pwd "
             "random re select shlex shutil signal socket ssl stat string struct subprocess sys time "
             "tempfile threading traceback typing urllib zipfile zlib".split()))
 
@@ -3430,6 +3430,11 @@ http {
         self.c2("connect", "test", "a-1", code=1)
         self.assertEqual((before, "a-1.zip"), (self.container(), self.release_of("main.test")))
         self.proxy_config({"containerName": "other"})
+        docker = shutil.which("docker", path=self.env.get("PATH"))
+        self.write("killing/docker", '#!/bin/sh\ncase " $* " in *" down "*) kill -9 $PPID;; esac\n'
+                   'exec %s "$@"\n' % docker, 0o755)       # between the compose file and the container
+        self.c2("connect", "test", "a-1", code=-9,
+                env={"PATH": self.path("killing") + ":" + self.env["PATH"]})
         self.assertIn("made anew", self.c2("connect", "test", "a-1").err)
         self.assertEqual("a-1.zip", self.release_of("test.test"))
         self.assertNotIn("frontendproxy", self.docker("ps", "-a"))
