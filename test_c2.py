@@ -15,7 +15,6 @@ import http.server
 import io
 import itertools
 import json
-import math
 import os
 import random
 import re
