@@ -2350,9 +2350,10 @@ def require_release(config: Config, name: str) -> None:
     store = release_store(config)
     if store.exists(name):
         return
-    hint = ""
-    with contextlib.suppress(C2Error, OSError):
+    try:
         hint = nearest(name, store.names()) or "; c2 list-releases shows what is there"
+    except (C2Error, OSError) as e:
+        hint = f"; {e}"
     raise C2Error(f"there is no release {name} in {store.label}{hint}")
 
 

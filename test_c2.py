@@ -1827,7 +1827,8 @@ class LocalStore(Sandbox):
     def test_no_store(self):
         shutil.rmtree(self.path("releases"))
         self.assertIn("releases is not there", self.c2("list-releases", code=1).err)
-        self.assertIn("there is no release a.zip", self.c2("start", "a.zip", code=1).err)
+        self.assertRegex(self.c2("start", "a.zip", code=1).err,
+                         "there is no release a.zip in .*; the release store .* is not there; make it")
 
     def test_unknown_release(self):
         self.release("web-1.4.zip")
