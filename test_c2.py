@@ -2456,7 +2456,7 @@ class NoProxy(OneHost):
         self.assertEqual((self.ran(), self.current()), (["stopped old"], None))
 
     def test_environment_and_place_of_the_commands(self):
-        show = "env | grep ^C2_ > %s; pwd >> %s; umask >> %s"
+        show = "env | grep -E '^C2_(RELEASE|DEPLOY|PORT)=' > %s; pwd >> %s; umask >> %s"
         path = self.path("seen")
         self.release("a.zip", startCommand=show % (path, path, path),
                      prestartCommand="pwd; echo out; echo err >&2")
