@@ -2753,7 +2753,7 @@ class NoProxyFailures(OneHost):
     def test_hint_of_a_start_in_the_foreground(self):
         self.release("slow.zip", startCommand="sleep 0.5", prestartCommand="sleep 0.5")
         config = c2.load_config(self.path("etc", "camus2.json"))
-        args = mock.Mock(release="slow.zip", deploy=None, lock_wait=5)
+        args = mock.Mock(release="slow.zip", deploy=None, lock_wait=5, wait=None)
         with mock.patch.object(c2, "HINT_AFTER_SECS", 0.2), contextlib.redirect_stderr(io.StringIO()) as said:
             c2.cmd_start(c2.Host(config, c2.Log(config.log_file, "start")), args)
         self.assertEqual(said.getvalue().count("docker compose up -d"), 1)
