@@ -5860,7 +5860,8 @@ class Surroundings(Faulty):
 
     def test_missing_programs(self):
         self.run_c2("start", "a.zip")
-        os.rename(self.path("path/docker"), self.path("path/dokker"))
+        for name in ("docker", "aws"):
+            os.rename(self.path("path", name), self.path("not-on-path-" + name))
         self.env["PATH"] = self.path("path")
         for name in ("sh", "kill", "cat", "rm"):
             os.symlink(shutil.which(name), self.path("path", name))
