@@ -5626,7 +5626,29 @@ class Faulty(Sandbox):
         self.assertLessEqual(set(served), set(self.served()), "served before, at last")
 
 
-class FaultsWithTheProxy(Faulty):
+class EveryFault(object):
+    """The tests of a `story(*modes)`: it is told with each kind of fault."""
+
+    def test_kill_at_every_effect(self):
+        self.story("kill")
+
+    def test_signal(self):
+        self.story("signal")
+
+    def test_disk_fails(self):
+        self.story("disk full", "disk read-only", "disk error")
+
+    def test_programs_fail(self):
+        self.story("program fails")
+
+    def test_programs_fail_when_done(self):
+        self.story("program fails late")
+
+    def test_programs_hang(self):
+        self.story("program hangs", "program hangs late")
+
+
+class FaultsWithTheProxy(EveryFault, Faulty):
     """The whole blue/green story, with a fault at each effect of each command."""
 
     def story(self, *modes):
@@ -5651,26 +5673,8 @@ class FaultsWithTheProxy(Faulty):
         self.names += 1
         self.set_up_host("name%d.test" % self.names)
 
-    def test_kill_at_every_effect(self):
-        self.story("kill")
 
-    def test_signal(self):
-        self.story("signal")
-
-    def test_disk_fails(self):
-        self.story("disk full", "disk read-only", "disk error")
-
-    def test_programs_fail(self):
-        self.story("program fails")
-
-    def test_programs_fail_when_done(self):
-        self.story("program fails late")
-
-    def test_programs_hang(self):
-        self.story("program hangs", "program hangs late")
-
-
-class FaultsWithoutTheProxy(Faulty):
+class FaultsWithoutTheProxy(EveryFault, Faulty):
     """Replacing, going back and stopping, with a fault at each effect."""
 
     proxy = False
@@ -5686,24 +5690,6 @@ class FaultsWithoutTheProxy(Faulty):
         self.walk(modes, "start", "b2.zip", "b")
         self.walk(modes, "stop", "b", back=[("start", "b2.zip", "b")])
         self.report(modes, begun)
-
-    def test_kill_at_every_effect(self):
-        self.story("kill")
-
-    def test_signal(self):
-        self.story("signal")
-
-    def test_disk_fails(self):
-        self.story("disk full", "disk read-only", "disk error")
-
-    def test_programs_fail(self):
-        self.story("program fails")
-
-    def test_programs_fail_when_done(self):
-        self.story("program fails late")
-
-    def test_programs_hang(self):
-        self.story("program hangs", "program hangs late")
 
 
 class LockAndJournal(Faulty):
