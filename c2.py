@@ -111,6 +111,7 @@ class At(NamedTuple):
     warn: Callable[[str], None]
 
     def key(self, name: Any) -> "At":
+        name = name if str(name).isprintable() else json.dumps(name)
         return self._replace(path=f"{self.path}.{name}" if self.path else str(name))
 
     def error(self, value: Any, allowed: str) -> ConfigError:
@@ -1776,7 +1777,8 @@ def utc_now(moment: Optional[float] = None) -> str:
 
 
 def say(message: str) -> None:
-    """Tell the person at the terminal; nothing that is said may fail the work."""
+    """Tell the person at the terminal; nothing that is said may fail the work, or steer the terminal."""
+    message = re.sub(r"[\0-\x08\x0b-\x1f\x7f-\x9f]", lambda m: ascii(m.group())[1:-1], message)
     with contextlib.suppress(OSError, ValueError):
         print(f"c2: {message}", file=sys.stderr, flush=True)
 

@@ -1142,6 +1142,7 @@ class ConfigurationCases(unittest.TestCase):
             ({"releases": {"localdir": "/a\nb"}}, "releases.localdir", "control"),
             (dict(r, deployDir="/d"), "deployDir: unknown key", "did you mean deploysDir?"),
             (dict(r, LogFile="/d"), "LogFile: unknown key", "did you mean logFile?"),
+            ({"\nrele\x1bases": 1}, r'"\nrele\u001bases": unknown key', "did you mean releases?"),
             (dict(r, zzz=1), "zzz: unknown key", "known here: releases, deploysDir"),
             (dict(r, deploysDir="/a", releasesDir="/b"), "releasesDir", "once"),
             (dict(r, configSources={"a": {"url": "x"}}), "configSources.a", "file, s3, awsSecretArn, http"),
@@ -3845,10 +3846,10 @@ class Visitor(threading.Thread):
 
     def ask(self):
         try:
-            connection = http.client.HTTPConnection(self.address, 80, timeout=10)
-            connection.request("GET", "/", headers={"Host": self.end_point + ".test"})
-            answer = connection.getresponse()
-            return answer.status, answer.read().decode()
+            with contextlib.closing(http.client.HTTPConnection(self.address, 80, timeout=10)) as connection:
+                connection.request("GET", "/", headers={"Host": self.end_point + ".test"})
+                answer = connection.getresponse()
+                return answer.status, answer.read().decode()
         except OSError as e:
             return 0, str(e)
 
