@@ -1741,6 +1741,21 @@ def sync_dir(path: str) -> None:
         os.close(fd)
 
 
+def sync_file_system(path: str) -> None:
+    """Let all that was written to the file system of `path` outlive a power cut, quicker than one by one."""
+    try:
+        import ctypes
+        syncfs = ctypes.CDLL(None).syncfs
+    except (ImportError, AttributeError):       # a Python without ctypes; not Linux
+        return os.sync()
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        if syncfs(fd):
+            raise C2Error(f"{path}: what was written did not reach the disk; see the system's log")
+    finally:
+        os.close(fd)
+
+
 def replace_link(path: str, target: Optional[str]) -> None:
     """Point a symbolic link at `target` by one atomic rename; None removes it."""
     if target is None:
@@ -2654,6 +2669,7 @@ def prepare_release(host: Host, name: str, directory: str, context: dict) -> Rel
         if to == template:
             raise C2Error(f"{what}: the template {path} has no extension to take off; call it {path}.tpl")
         expand_file(template, to, merged, warn, path)
+    sync_file_system(directory)
     return release
 
 

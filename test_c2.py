@@ -5298,6 +5298,7 @@ class Strike(object):
     FILE = ("replace", "rename", "symlink", "unlink", "rmdir", "mkdir", "chmod", "fchmod", "fsync", "open")
     ALLOCATE = ("symlink", "mkdir", "fsync", "open")            # what a full disk refuses, from then on
     KILL = ("replace", "rename", "symlink", "unlink")           # what a kill comes before
+    DEADLY = ("kill", "signal", "power cut")
 
     def __init__(self, mode, at, told):
         self.mode, self.at, self.told, self.count = mode, at, told, 0
@@ -5316,7 +5317,7 @@ class Strike(object):
 
     def hit(self, what, kind):
         """Count an effect; at the n-th, kill this process, or tell that it is to fail."""
-        if self.mode not in ("kill", "signal") and not (kind and self.mode.startswith(kind)):
+        if self.mode not in self.DEADLY and not (kind and self.mode.startswith(kind)):
             return False
         self.count += 1
         sticky = self.mode in ("disk full", "disk read-only") and self.count > self.at
@@ -5325,7 +5326,7 @@ class Strike(object):
         fd = self.os_open(self.told, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.write(fd, what.encode("utf-8", "replace"))
         os.close(fd)
-        if self.mode == "kill":
+        if self.mode in ("kill", "power cut"):
             self.os_kill(os.getpid(), signal.SIGKILL)
         if self.mode == "signal":
             self.os_kill(os.getpid(), signal.SIGTERM)
@@ -5336,7 +5337,7 @@ class Strike(object):
             flags = args[0] if args else options.get("mode", "r")
             reads = name == "open" and (isinstance(path, int) or not (
                 flags & (os.O_WRONLY | os.O_RDWR) if isinstance(flags, int) else set(flags) & set("wxa+")))
-            kills = self.mode in ("kill", "signal")
+            kills = self.mode in self.DEADLY
             if reads or str(path).endswith("log.json") or kills and name not in self.KILL:
                 return function(path, *args, **options)
             hit = self.hit("%s %s %s" % (name, path, args[:1]), "disk")
@@ -5363,7 +5364,8 @@ class Strike(object):
 class Faulty(Sandbox):
     """A host with a fake docker and real apps, whose c2 runs in forks of this process; and what must hold."""
 
-    proxy, timeout = True, .6
+    proxy, timeout, boot = True, .6, 0
+    stop_command = "kill $(cat pid) && rm pid"
 
     def setUp(self):
         super(Faulty, self).setUp()
@@ -5383,7 +5385,7 @@ class Faulty(Sandbox):
         for name, start in (("a.zip", app), ("b.zip", app), ("b2.zip", app), ("bad.zip", app + "; exit 9")):
             self.release(name, {"x.tpl": "{{source.key}}", "d/y": "y"}, templates=["x.tpl"],
                          configSources={"inner": "release.json"}, prestartCommand="test -e x",
-                         startCommand=start, stopCommand="kill $(cat pid) && rm pid")
+                         startCommand=start, stopCommand=self.stop_command)
         self.forks = 0
         self.injected, self.random = 0, random.Random(SEED)
         c2.parser()             # so that the forks have its regular expressions compiled
@@ -5440,10 +5442,13 @@ class Faulty(Sandbox):
         return found
 
     def end_apps(self):
-        for pid in self.apps():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        wait_for(lambda: not self.apps(), what="the end of the apps")
+        """Also those that a killed c2 has only just begun."""
+        def none():
+            for pid in self.apps():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            return not self.apps()
+        wait_for(none, what="the end of the apps")
 
     def fork_c2(self, *args, **options):
         """Begin a c2 in a fork of this process, with waits cut short; strike= is called there first."""
@@ -5488,6 +5493,7 @@ class Faulty(Sandbox):
             sleep = time.sleep
             time.sleep = lambda seconds: sleep(min(seconds, .01))
             c2.END_GRACE_SECS, c2.ASK_TIMEOUT_SECS, c2.RELOAD_TIMEOUT_SECS = 1, .3, .3
+            c2.boot_id = lambda: "boot %d" % self.boot
             if strike:
                 strike()
             code = c2.main(list(args))
@@ -5539,6 +5545,8 @@ class Faulty(Sandbox):
             self.assertIn("event", json.loads(line))
         self.check_log(deploys, connections)
 
+    check_done = check
+
     kept = frozenset()      # labels whose directories stay without a deploy
 
     def check_links(self, connections):
@@ -5583,7 +5591,7 @@ class Faulty(Sandbox):
             ran = self.run_c2(*command, code=None, strike=Strike(mode, n, told))
             if not os.path.exists(told):
                 self.assertEqual(ran.code, options.get("code", 0), ran)
-                self.check()
+                self.check_done()
                 return
             try:
                 self.after_strike(mode, command, ran, served)
@@ -5650,8 +5658,8 @@ class EveryFault(object):
         self.story("program hangs", "program hangs late")
 
 
-class FaultsWithTheProxy(EveryFault, Faulty):
-    """The whole blue/green story, with a fault at each effect of each command."""
+class BlueGreen(Faulty):
+    """The whole story with the proxy, with a fault at each effect of each command."""
 
     def story(self, *modes):
         self.names, begun = 0, time.time()
@@ -5676,7 +5684,7 @@ class FaultsWithTheProxy(EveryFault, Faulty):
         self.set_up_host("name%d.test" % self.names)
 
 
-class FaultsWithoutTheProxy(EveryFault, Faulty):
+class Replacing(Faulty):
     """Replacing, going back and stopping, with a fault at each effect."""
 
     proxy = False
@@ -5692,6 +5700,71 @@ class FaultsWithoutTheProxy(EveryFault, Faulty):
         self.walk(modes, "start", "b2.zip", "b")
         self.walk(modes, "stop", "b", back=[("start", "b2.zip", "b")])
         self.report(modes, begun)
+
+
+class FaultsWithTheProxy(EveryFault, BlueGreen):
+    pass
+
+
+class FaultsWithoutTheProxy(EveryFault, Replacing):
+    pass
+
+
+class PowerCuts(object):
+    """A story on a disk that forgets at each fault, and after each command, what was not synced.
+
+    It is an ext4 image that writes nothing back on its own: a copy of its file is what a power cut leaves.
+    """
+
+    strides = {"power cut": 3}
+    stop_command = "kill $(cat pid); rm -f pid"         # after a reboot there is nothing to kill
+
+    def setUp(self):
+        super(PowerCuts, self).setUp()
+        with open(self.path("disk"), "wb") as f:
+            f.truncate(8 << 20)
+        subprocess.check_call(["mkfs.ext4", "-q", self.path("disk")])
+        self.mount()
+        self.addCleanup(lambda: subprocess.check_call(["umount", self.path("deploys")]))
+        os.rmdir(self.path("deploys", "lost+found"))
+
+    def mount(self):
+        subprocess.check_call(["mount", "-o", "loop,commit=600", self.path("disk"), self.path("deploys")])
+
+    def cut(self):
+        """Power goes, and comes back: nothing runs, and the disk holds what had reached it."""
+        shutil.copyfile(self.path("disk"), self.path("disk.cut"))
+        umount = ["umount", "-q", self.path("deploys")]
+        wait_for(lambda: self.end_apps() or not subprocess.call(umount), what="umount")
+        os.rename(self.path("disk.cut"), self.path("disk"))
+        self.mount()
+        self.boot += 1
+
+    def test_power_cut_at_every_effect(self):
+        self.story("power cut")
+
+    def after_strike(self, mode, command, ran, served):
+        self.assertEqual(ran.code, -9)
+        self.check_done()
+
+    def check_done(self):
+        """After a cut: start what the state says, from the directories that are left, and check."""
+        self.cut()
+        self.run_c2("stop", "nosuch", code=3)
+        for name, release in self.abstract()[0].items():
+            self.assertEqual("y", self.read("deploys", name, "d/y"))
+            self.run_c2("start", release, name)
+        self.check()
+
+
+@needs_bed
+class PowerCutsWithTheProxy(PowerCuts, BlueGreen):
+    pass
+
+
+@needs_bed
+class PowerCutsWithoutTheProxy(PowerCuts, Replacing):
+    pass
 
 
 class LockAndJournal(Faulty):
