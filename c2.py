@@ -35,6 +35,7 @@ HTTP_TIMEOUT_SECS = 30
 DRAINED_SECS = 0.2           # without a connection; a busy nginx has read the link, but not connected yet
 OUTPUT_LINES = 20            # of a failed command, kept in the log and the message
 UPSTREAMS_MAX = 2000         # a wider port range goes without kept connections to the apps
+PEM_BYTES = 1 << 20
 RENEWAL_DAYS = 21            # certbot renews 30 days before the end; with fewer left something is wrong
 # Of a fleet. A slave writes its record every HEARTBEAT_SECS; one that has not for LIVE_SECS counts as gone.
 HEARTBEAT_SECS, LIVE_SECS, FLUSH_SECS = 60, 150, 300
@@ -1426,11 +1427,18 @@ def routes(config: Config, state: State) -> Dict[str, str]:
     return {name: f"../ports/{port or 'none'}" for name, port in table.items()}
 
 
+def nginx_version(said: str) -> str:
+    """The version in the answer to `nginx -v`, also of a build with another name (openresty/1.27.1.2); "" for
+    none."""
+    found = re.search(r"nginx version: \S+?/(\d+(\.\d+)+)", said)
+    return found.group(1) if found else ""
+
+
 def http2_form(version: str) -> str:
-    """How an nginx of this version is told to speak HTTP/2: "on" (1.25.1 and later), "listen" or "" (its
-    CHANGES)."""
+    """How an nginx of this version is told to speak HTTP/2: "on" (1.25.1 and later, its CHANGES), "listen" or
+    "" where nobody knows."""
     numbers = [int(n) for n in version.split(".")] if version else []
-    return "on" if numbers >= [1, 25, 1] else "listen" if numbers >= [1, 9, 5] else ""
+    return "on" if numbers >= [1, 25, 1] else "listen" if numbers else ""
 
 
 def nginx_context(config: Config, state: State, certs: Dict[str, list], version: str = "") -> dict:
@@ -1538,6 +1546,8 @@ class Certificate(NamedTuple):
         """Whether it is for `host`; a wildcard stands for one label. What no certificate can name counts as
         covered."""
         host = host.lower()
+        if host[0] == ".":      # nginx's word for both
+            return self.covers(host[1:]) and self.covers("*" + host)
         return (host == "_" or host.endswith(".*") or host in self.names
                 or "*." + host.partition(".")[2] in self.names)
 
@@ -1545,7 +1555,8 @@ class Certificate(NamedTuple):
         """Why it can't serve these hosts, as the end of a sentence; "" when it can."""
         others = [host for host in hosts if not self.covers(host)]
         if others:
-            return f"is for {', '.join(self.names) or 'no host'}, not for {', '.join(others)}"
+            named = ", ".join(self.names) or "no host (the first one in the file has no subjectAltName)"
+            return f"is for {named}, not for {', '.join(others)}"
         if now < self.begins:
             return f"is not valid before {utc_now(self.begins)}"
         return "" if now < self.ends else f"expired on {self.until}"
@@ -1585,7 +1596,7 @@ def certbot_args(config: Config, renew: bool = False) -> List[str]:
     in any case."""
     server = ["--server", config.acme_server] if config.acme_server else []
     domains = [arg for name in generated_names(config) for arg in ("--domain", name)]
-    return ["certonly", "--non-interactive", "--agree-tos", "--email", config.auto_cert_contact_email,
+    return ["certonly", "--non-interactive", "--agree-tos", f"--email={config.auto_cert_contact_email}",
             "--webroot", "--webroot-path", config.letsencrypt_www_dir, "--cert-name", config.auto_cert_name,
             "--force-renewal" if renew else "--keep-until-expiring", "--renew-with-new-domains",
             *server, *domains]
@@ -1596,8 +1607,9 @@ def certbot_reason(output: str) -> str:
     refused = re.findall(r"^ *(?:Domain|Identifier): *(.+)\n *Type: *(.+)\n *Detail: *(.+)", output, re.M)
     if refused:
         return "; ".join(f"{name}: {kind}: {detail.strip()}" for name, kind, detail in refused)
-    chatter = r" (Container|Image) |Saving debug log|Ask for help|An unexpected error occurred|- - -"
-    lines = [line.strip() for line in output.splitlines() if line.strip() and not re.match(chatter, line)]
+    chatter = r" (Container|Image) |Saving debug log|Ask for help|- - -"
+    said = output.rpartition("An unexpected error occurred:\n")[2].splitlines()
+    lines = [line.strip() for line in said if line.strip() and not re.match(chatter, line)]
     words = " ".join(dict.fromkeys(lines[-4:])) or "without a word"
     return words if len(words) <= 500 else words[:250] + " ... " + words[-250:]
 
@@ -1609,7 +1621,7 @@ def certificate_lines(certificates: Dict[str, Any], now: float, colour: bool) ->
         facts, days = certificate, -1
         if isinstance(certificate, Certificate):
             days = certificate.days_left(now)
-            left = f"{days} days left, until" if now < certificate.ends else "EXPIRED on"
+            left = f"{days} day{'s'[:days != 1]} left, until" if now < certificate.ends else "EXPIRED on"
             facts = f"{', '.join(certificate.names)}: {left} {certificate.until}"
         warn = colour and days < RENEWAL_DAYS
         lines.append(f"  {name}: " + (f"\x1b[33m{facts}\x1b[0m" if warn else facts))
@@ -2875,8 +2887,7 @@ def ask_nginx(host: Host, container: Container, runs: bool) -> dict:
     args = (["exec", config.proxy.container_name, "nginx"] if runs else
             ["run", "--rm", "--entrypoint", "nginx", nginx_image(config)])
     said = run(["docker", *args, "-v"], DOCKER_TIMEOUT_SECS, merge=True)
-    version = re.search(r"/(\d+(\.\d+)+)", said)
-    return {"image": container.image if runs else "", "version": version.group(1) if version else ""}
+    return {"image": container.image if runs else "", "version": nginx_version(said)}
 
 
 def proxy_workers(host: Host) -> Dict[str, bool]:
@@ -2916,8 +2927,13 @@ def proxy_words(host: Host) -> str:
         said = run(["docker", "logs", "--since", "20s", name], merge=True)
     except C2Error as e:
         return str(e)
-    words = [line for line in said.splitlines() if re.search(r"\[(emerg|alert|crit)\]", line)]
-    return tail("\n".join(words), 3) or f"it says nothing; look at docker logs {name}"
+    return complaints(said) or f"it says nothing; look at docker logs {name}"
+
+
+def complaints(said: str) -> str:
+    """What nginx complains of, each once and on one line."""
+    words = re.findall(r"\[(?:emerg|alert|crit)\] (?:\d+#\d+: )?(.+)", said)
+    return "; ".join(list(dict.fromkeys(words))[-3:])
 
 
 def render_nginx(config: Config, context: dict) -> str:
@@ -2980,12 +2996,12 @@ def install_nginx_conf(host: Host, conf: str, running: bool) -> Callable[[], Non
         compose(host, *(["exec", "-T"] if running else ["run", "--rm", "-T", "--no-deps"]), "nginx", *test)
     except BaseException as e:
         os.unlink(candidate)
-        words = [line for line in getattr(e, "output", "").splitlines() if "[emerg]" in line]
+        words = complaints(getattr(e, "output", ""))
         if not words:
             raise
         source = config.proxy.nginx_conf_template_path or "the built-in template"
         raise C2Error(f"nginx refuses the configuration made from {source}, and what it had stays in use: "
-                      + tail("\n".join(words), 3)) from None
+                      f"{words}") from None
     replace_file(live, conf)
 
     def take_back() -> None:
@@ -3139,37 +3155,51 @@ def generated_files(config: Config) -> List[str]:
     return [os.path.join(live, "fullchain.pem"), os.path.join(live, "privkey.pem")]
 
 
-def read_certificate(path: str) -> Certificate:
-    """The first certificate in a PEM file; C2Error when there is none."""
+def read_pem(path: str) -> bytes:
+    """The content of a certificate's or key's file; a FIFO is not waited for, and a device has an end."""
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as f:
+            content = f.read(PEM_BYTES) or b""
+    except OSError as e:
+        raise C2Error(f"{path} can't be read: {e.strerror}") from None
+    if len(content) == PEM_BYTES:
+        raise C2Error(f"{path} is too large for a certificate or a key")
+    return content
+
+
+def read_certificate(path: str, source: str = "") -> Certificate:
+    """The first certificate in a PEM file; C2Error, which names its `source`, when there is none."""
     import ssl
     try:
         open(path, "rb").close()
         plain = ssl._ssl._test_decode_cert(path)        # the only parser that the standard library has
         begins, ends = (ssl.cert_time_to_seconds(plain[key]) for key in ("notBefore", "notAfter"))
     except (ssl.SSLError, ValueError):
-        raise C2Error(f"{path} is not a certificate in PEM form") from None
+        raise C2Error(f"{source or path} is not a certificate in PEM form") from None
     except OSError as e:
         raise C2Error(f"{path} can't be read: {e.strerror}") from None
     names = [value.lower() for kind, value in plain.get("subjectAltName", ()) if kind == "DNS"]
     return Certificate(names, begins, ends)
 
 
-def pair_fault(certificate: str, key: str) -> str:
-    """Why a certificate can't be used with a key, as the end of a sentence; "" when it can."""
+def pair_fault(pair: List[str], key: str) -> str:
+    """Why a certificate can't be used with its key, as the end of a sentence that names the `key`; "" when it
+    can."""
     import ssl
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password=lambda: b"")
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(*pair, password=lambda: b"")
     except ssl.SSLError as e:
-        if not e.reason:
-            return f"has a key that can't be read: {key} is encrypted, damaged or not in PEM form"
-        return "is too weak" if "SMALL" in e.reason or "WEAK" in e.reason else f"does not belong to {key}"
-    except OSError as e:
-        return f"has a key that can't be read: {key}: {e.strerror}"
+        reason = e.reason or ""
+        if re.search("MISMATCH|NO_CERTIFICATE_ASSIGNED", reason):       # the second: for a key of its kind
+            return f"does not belong to {key}"
+        return ("is too weak" if re.search("SMALL|WEAK", reason) else
+                f"can't be used with {key}: one of them is damaged, encrypted or not in PEM form")
     return ""
 
 
 def copy_certificate(config: Config, name: str, kind: str, source: List[str]) -> Optional[List[str]]:
-    """Check an endpoint's certificate and copy it and its key to `certs/`; None where there is none yet.
+    """Copy an endpoint's certificate and its key to `certs/`, and check them there, where nobody changes
+    them; None where there is none yet.
 
     The names of the copies change with the content. So does the configuration, and nginx takes a certificate
     as it takes anything else; until then it has what it had. Raises C2Error for one that can't serve.
@@ -3178,18 +3208,21 @@ def copy_certificate(config: Config, name: str, kind: str, source: List[str]) ->
     hosts, generated = config.end_points[name].server_names, kind == "generated"
     if generated and not os.path.exists(source[0]):
         return None
-    certificate = read_certificate(source[0])
-    if generated:       # hosts added since have to wait for the next one, those it is for have not
-        hosts = [host for host in hosts if certificate.covers(host)]
-    fault = certificate.fault(hosts, time.time()) or pair_fault(*source)
-    if fault:
-        raise C2Error(f"{source[0]} {fault}")
-    content = [read_file(path) or "" for path in source]
-    digest = hashlib.sha256("".join(content).encode()).hexdigest()[:16]
+    content = [read_pem(path) for path in source]
+    digest = hashlib.sha256(b"".join(content)).hexdigest()[:16]
     files = [f"{name}-{digest}.crt", f"{name}-{digest}.key"]
-    for file, pem in zip(files, content):
-        if not os.path.exists(config.proxy_path("certs", file)):
-            replace_file(config.proxy_path("certs", file), pem, 0o600)
+    copies = [config.proxy_path("certs", file) for file in files]
+    with undo_on_failure() as undo:
+        for path, pem in zip(copies, content):
+            if not os.path.exists(path):
+                undo.append(lambda path=path: os.unlink(path))
+                replace_file(path, pem, 0o600)
+        certificate = read_certificate(copies[0], source[0])
+        if generated:       # hosts added since have to wait for the next one, those it is for have not
+            hosts = [host for host in hosts if certificate.covers(host)]
+        fault = certificate.fault(hosts, time.time()) or pair_fault(copies, source[1])
+        if fault:
+            raise C2Error(f"{source[0]} {fault}")
     return [CERTS_IN_PROXY + file for file in files] if hosts else None
 
 
@@ -3294,7 +3327,8 @@ def run_certbot(host: Host) -> None:
         compose(host, "run", "--rm", "-T", "--name", name, "certbot", *certbot_args(config, elsewhere),
                 merge=True)
     except CommandFailed as e:
-        raise CommandFailed(f"certbot got no certificate, and what is served stays as it is: "
+        source = f" from {config.acme_server}" if config.acme_server else ""
+        raise CommandFailed(f"certbot got no certificate{source}, and what is served stays as it is: "
                             f"{certbot_reason(e.output) or e}", e.exit, tail(e.output)) from None
     finally:
         end()

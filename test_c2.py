@@ -4647,11 +4647,11 @@ class Steps(unittest.TestCase):
 def make_certificate(directory, name, hosts, key=None, days=90):
     """Make NAME.crt and NAME.key, self-signed for these hosts, with the openssl program."""
     crt, key = os.path.join(directory, name + ".crt"), key or os.path.join(directory, name + ".key")
+    names = ["-addext", "subjectAltName=" + ",".join("DNS:" + host for host in hosts)] if hosts else []
     subprocess.check_output(
         ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-         "-days", str(days), "-subj", "/CN=" + name,
-         "-addext", "subjectAltName=" + ",".join("DNS:" + host for host in hosts),
-         "-keyout", key, "-out", crt], stderr=subprocess.STDOUT)
+         "-days", str(days), "-subj", "/CN=" + name] + names + ["-keyout", key, "-out", crt],
+        stderr=subprocess.STDOUT)
     return crt, key
 
 
@@ -4675,7 +4675,7 @@ def https_config(directory, **keys):
 class CertificateRules(unittest.TestCase):
     def test_what_certbot_is_run_with(self):
         config = https_config("/x")
-        same = ["certonly", "--non-interactive", "--agree-tos", "--email", "ops@example.com", "--webroot",
+        same = ["certonly", "--non-interactive", "--agree-tos", "--email=ops@example.com", "--webroot",
                 "--webroot-path", "/opt/var/www", "--cert-name", "camus2cert"]
         domains = ["--domain", "www.example.com", "--domain", "example.com", "--domain", "shop.example.com"]
         self.assertEqual(c2.certbot_args(config), same + [
@@ -4702,9 +4702,18 @@ class CertificateRules(unittest.TestCase):
             self.assertIsNone(c2.nginx_service(foreign))
 
     def test_http2_is_spelled_as_this_nginx_wants_it(self):
-        for version, form in (("1.25.1", "on"), ("1.27.0", "on"), ("2.0", "on"), ("1.25.0", "listen"),
-                              ("1.9.5", "listen"), ("1.8.1", ""), ("", "")):
-            self.assertEqual(c2.http2_form(version), form, version)
+        for said, version, form in (
+                ("nginx version: nginx/1.25.1\n", "1.25.1", "on"), ("nginx version: nginx/2.0", "2.0", "on"),
+                ("nginx version: nginx/1.27.0 (Ubuntu)", "1.27.0", "on"),
+                ("nginx version: nginx/1.25.0", "1.25.0", "listen"),
+                ("nginx version: nginx/1.9.15", "1.9.15", "listen"),
+                ("nginx version: openresty/1.27.1.2", "1.27.1.2", "on"),
+                ("nginx version: openresty/1.21.4.1", "1.21.4.1", "listen"),
+                ("Tengine version: Tengine/3.1.0\nnginx version: nginx/1.24.0", "1.24.0", "listen"),
+                ("latest: Pulling from web/2.0\nDigest: sha256:12\nnginx version: nginx/1.24.0", "1.24.0",
+                 "listen"), ("Angie version: Angie/1.8.1", "", ""), ("nginx: not this one", "", "")):
+            self.assertEqual(c2.nginx_version(said), version, said)
+            self.assertEqual(c2.http2_form(version), form, said)
         config, pairs = https_config("/x"), {"main": ["/c.crt", "/c.key"]}
         for version, there, not_there in (
                 ("1.26.2", "  http2 on;", "ssl http2"), ("1.24.0", "listen 443 ssl http2;", "http2 on"),
@@ -4716,14 +4725,21 @@ class CertificateRules(unittest.TestCase):
     def test_hosts_that_a_certificate_is_for(self):
         certificate = c2.Certificate(["www.example.com", "*.shop.example.com"], 0, 1e9)
         for host in ("www.example.com", "WWW.Example.Com", "a.shop.example.com", "*.shop.example.com",
-                     ".shop.example.com", "_", "www.example.*"):
+                     "_", "www.example.*"):
             self.assertTrue(certificate.covers(host), host)
-        for host in ("example.com", "a.b.shop.example.com", "shop.example.com", "*.example.com"):
+        for host in ("example.com", "a.b.shop.example.com", "shop.example.com", "*.example.com", "com",
+                     ".shop.example.com"):        # which is shop.example.com too
             self.assertFalse(certificate.covers(host), host)
+        self.assertTrue(c2.Certificate(["*.x.y", "x.y"], 0, 1).covers(".X.y"))
+        self.assertFalse(c2.Certificate(["x.y"], 0, 1).covers(".x.y"))
+        self.assertEqual(c2.Certificate([], 0, 9).fault(["x.y"], 5), "is for no host (the first one in the "
+                         "file has no subjectAltName), not for x.y")
         self.assertEqual(certificate.fault(["www.example.com"], 5), "")
         self.assertEqual(certificate.fault(["example.com", "www.example.com", "x.y"], 5),
                          "is for www.example.com, *.shop.example.com, not for example.com, x.y")
         self.assertEqual(certificate.fault([], 1e9), "expired on 2001-09-09")
+        self.assertEqual(certificate.fault([], 1e9 - 1), "")
+        self.assertEqual(certificate.fault([], 0), "")
         self.assertEqual(certificate.fault([], -1), "is not valid before 1970-01-01T00:00:00.000Z")
 
     def test_status_tells_names_and_days_and_colours_what_is_late(self):
@@ -4731,13 +4747,18 @@ class CertificateRules(unittest.TestCase):
         shown = c2.certificate_lines({
             "late": c2.Certificate(["a.x"], 0, 20.9 * day),
             "b": c2.Certificate(["b.x", "c.x"], 0, 21.5 * day),
+            "edge": c2.Certificate(["e.x"], 0, 21 * day), "over": c2.Certificate(["f.x"], 0, 21 * day - 1),
+            "now": c2.Certificate(["n.x"], 0, 0), "last": c2.Certificate(["l.x"], 0, 1),
             "old": c2.Certificate(["o.x"], 0, -1), "none": "no certificate yet"}, 0, True)
         self.assertEqual(shown, [
-            "  b: b.x, c.x: 21 days left, until 1970-01-22",
+            "  b: b.x, c.x: 21 days left, until 1970-01-22", "  edge: e.x: 21 days left, until 1970-01-22",
+            "  last: \x1b[33ml.x: 0 days left, until 1970-01-01\x1b[0m",
             "  late: \x1b[33ma.x: 20 days left, until 1970-01-21\x1b[0m",
-            "  none: \x1b[33mno certificate yet\x1b[0m", "  old: \x1b[33mo.x: EXPIRED on 1969-12-31\x1b[0m"])
+            "  none: \x1b[33mno certificate yet\x1b[0m", "  now: \x1b[33mn.x: EXPIRED on 1970-01-01\x1b[0m",
+            "  old: \x1b[33mo.x: EXPIRED on 1969-12-31\x1b[0m",
+            "  over: \x1b[33mf.x: 20 days left, until 1970-01-21\x1b[0m"])
         self.assertEqual(c2.certificate_lines({"a": c2.Certificate(["a.x"], 0, day)}, 0, False),
-                         ["  a: a.x: 1 days left, until 1970-01-02"])
+                         ["  a: a.x: 1 day left, until 1970-01-02"])
 
     def test_the_reason_of_certbot(self):
         refused = """Renewing an existing certificate for a.example.com and 2 more
@@ -4762,7 +4783,8 @@ Some challenges have failed."""
         for said, reason in (
                 (refused, "a.example.com: connection: 192.0.2.1: Fetching http://a: refused; b.example.com: "
                           "unauthorized: Invalid response: 404"),
-                ("An unexpected error occurred:\n" + limit, limit), (email, email),
+                ("Account registered.\nRequesting a certificate for a.example.com\nAn unexpected error "
+                 "occurred:\n" + limit, limit), (email, email),
                 ("An unexpected error occurred:\n" + down, down),
                 (busy, busy), ("", "without a word")):
             output = (" Image x Pulling \n Container x-certbot Created \nSaving debug log to /var/log/x\n"
@@ -4850,26 +4872,85 @@ class CertificateFiles(unittest.TestCase):
         binary = self.dir + "/binary"
         with open(binary, "wb") as f:
             f.write(b"\x30\x82\xff")
-        gone = self.dir + "/gone"
+        def made(name, content, source=good[0]):
+            with open(source, "rb") as f, open(os.path.join(self.dir, name), "wb") as to:
+                to.write(content(f.read()))
+            return to.name
+        authority = make_certificate(self.dir, "authority", [])
+        with open(authority[0], "rb") as f:
+            other_first = made("other_first.crt", f.read().__add__)
+        torn = made("torn.crt", lambda pem: pem + b"-----BEGIN CERTIFICATE-----\nAAAA\n")
+        large = made("large", lambda pem: pem + bytes(1 << 20))
+        gone, fifo, loop = (self.dir + "/" + name for name in ("gone", "fifo", "loop"))
+        os.mkfifo(fifo)
+        os.symlink(loop, loop)
         for pair, names, words in (
                 ((gone, good[1]), None, ".*/gone can't be read: No such file or directory"),
-                ((good[0], gone), None, "good.crt has a key that can't be read: .*/gone: No such file"),
+                ((good[0], gone), None, ": .*/gone can't be read: No such file or directory"),
+                ((good[0], self.dir), None, "can't be read: Is a directory"),
+                ((loop, good[1]), None, "/loop can't be read: Too many levels of symbolic links"),
+                ((fifo, good[1]), None, "/fifo is not a certificate in PEM form"),
+                ((good[0], fifo), None, "/good.crt can't be used with .*/fifo: one of them is damaged"),
+                (("/dev/zero", good[1]), None, "/dev/zero is too large for a certificate or a key"),
+                ((good[0], large), None, "/large is too large for a certificate or a key"),
+                ((other_first, good[1]), None, "/other_first.crt is for no host .the first one in the file"),
+                ((torn, good[1]), None, "/torn.crt can't be used with .*/good.key: one of them is damaged"),
                 ((junk, good[1]), None, "junk.pem is not a certificate in PEM form"),
                 ((good[1], good[1]), None, "good.key is not a certificate in PEM form"),
                 ((binary, good[1]), None, "binary is not a certificate in PEM form"),
-                ((good[0], junk), None, "good.crt has a key that can't be read: .*junk.pem is encry"),
-                ((good[0], locked), None, "has a key that can't be read: .*locked.key is encrypted"),
+                ((good[0], junk), None, "good.crt can't be used with .*junk.pem: one of them is damaged"),
+                ((good[0], locked), None, "with .*locked.key: one of them is damaged, encrypted or not in"),
                 ((good[0], other[1]), None, "good.crt does not belong to .*other.key; what the proxy serves"),
                 ((good[0], rsa), None, "good.crt does not belong to .*rsa.key"),
                 (good, ["www.example.com", "a.example.com"], "is for www.example.com, not for a.example.com"),
+                (good, None, r"good.crt is not valid before \d{4}-\d\d-\d\dT"),
                 (good, None, r"good.crt expired on \d{4}-\d\d-\d\d; what the proxy serves stays as it is$")):
             with self.subTest(words=words):
                 host, now = self.host(pair, names or ["www.example.com"]), time.time()
-                now += 91 * 86400 if "expired" in words else 0
+                now += 91 * 86400 if "expired" in words else -86400 if "before" in words else 0
                 with mock.patch.object(c2.time, "time", lambda now=now: now), \
                         self.assertRaisesRegex(c2.C2Error, words) as caught:
                     c2.install_certificates(host)
                 self.assertNotIn("\n", str(caught.exception))
+                self.assertEqual(self.copies(), [])
+
+    def test_what_nginx_takes_is_taken(self):
+        """RSA, Ed25519, line ends of Windows, text around the PEM, key and certificate in one file."""
+        good = make_certificate(self.dir, "good", ["www.example.com"])
+        pems = []
+        for path in good:
+            with open(path, "rb") as f:
+                pems.append(f.read())
+        both = b"Subject: CN = M\xfcller\n" + pems[1] + pems[0] * 2
+        cases = [(both, both), tuple(pem.replace(b"\n", b"\r\n") for pem in pems)]
+        for kind in ("rsa:2048", "ed25519"):
+            subprocess.check_output(["openssl", "req", "-x509", "-newkey", kind, "-nodes", "-subj", "/CN=x",
+                                     "-addext", "subjectAltName=DNS:www.example.com", "-keyout",
+                                     self.dir + "/k", "-out", self.dir + "/c"], stderr=subprocess.STDOUT)
+            with open(self.dir + "/c", "rb") as c, open(self.dir + "/k", "rb") as k:
+                cases.append((c.read(), k.read()))
+        for case in cases:
+            for path, pem in zip(good, case):
+                with open(path, "wb") as f:
+                    f.write(pem)
+            for path, pem in zip(c2.install_certificates(self.host(good))["main"], case):
+                with open(self.dir + "/deploys/frontend-proxy/certs/" + os.path.basename(path), "rb") as f:
+                    self.assertEqual(f.read(), pem)
+
+    def test_what_is_checked_is_what_is_copied(self):
+        """A pair that is replaced meanwhile, one file after the other, is never taken as a mixed one."""
+        pair = make_certificate(self.dir, "one", ["www.example.com"])
+        make_certificate(self.dir, "two", ["www.example.com"])
+        real = c2.Certificate.fault
+
+        def fault(*args):
+            os.rename(self.dir + "/two.key", pair[1])
+            return real(*args)
+        host = self.host(pair)
+        with mock.patch.object(c2.Certificate, "fault", fault):
+            found = c2.install_certificates(host)["main"]
+        copies = [self.dir + "/deploys/frontend-proxy/certs/" + os.path.basename(path) for path in found]
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(*copies)
 
     def test_what_is_in_use_stays_and_does_not_stand_in_the_way(self):
         pair = make_certificate(self.dir, "one", ["www.example.com"])
