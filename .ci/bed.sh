@@ -13,7 +13,7 @@ trap 'echo "bed: failed: $BASH_COMMAND" >&2' ERR
 SELF=$(readlink -f "$0")
 HERE=$(dirname "$SELF")
 BED=$(readlink -m "${BED:-$HOME/.cache/c2-testbed}")
-SUITE=trixie ROOT_PYTHON=3.13 COMPOSE=5.6.1.0 CERTBOT=5.8.0
+SUITE=trixie OLD_SUITE=bookworm ROOT_PYTHON=3.13 COMPOSE=5.6.1.0 CERTBOT=5.8.0
 SPEC=0.1.0 SPEC_SHA256=21078d76f7f36671850a86d7072c747296f61d503ac5f4289f717692c2086aa3
 PYTHONS=('3\.6' '3\.9' '3\.[0-9]+') # the floor, one in between, the newest that pyenv has
 TOOLS=$BED/tools-$(sha256sum <"$HERE/requirements.txt" | cut -c1-12)
@@ -131,9 +131,10 @@ ca() {
 }
 
 # What the images are made of, as a name: they are made anew when it changes.
-key() { { echo $SUITE $ROOT_PYTHON $CERTBOT; declare -f rootfs images image; cat "$BED/ca.pem"; } | sha256sum | cut -c1-16; }
+key() { { echo $SUITE $OLD_SUITE $ROOT_PYTHON $CERTBOT; declare -f rootfs images image; cat "$BED/ca.pem"; } | sha256sum | cut -c1-16; }
 
-# One file system for all images: Debian's nginx, laid out as in nginx's official image, busybox, and certbot.
+# One file system for all images: Debian's nginx, laid out as in nginx's official image, the nginx of the Debian before
+# (1.22, which takes HTTP/2 as a parameter of `listen`), busybox, and certbot.
 rootfs() {
   local root tar d a
   tar=$BED/root-$(key).tar
@@ -145,6 +146,10 @@ rootfs() {
   for d in bin sbin lib lib64; do # base-files, which makes them, is not in "extract"
     [ -e "$root/$d" ] || { mkdir -p "$root/usr/$d"; ln -s "usr/$d" "$root/$d"; }
   done
+  mmdebstrap --quiet --variant=extract $OLD_SUITE "$root/old" --include=nginx
+  mkdir -p "$root/opt/old"
+  mv "$root/old/usr/sbin/nginx" "$root/opt/old"
+  rm -rf "$root/old"
   pip install --no-compile --only-binary=:all: --python-version $ROOT_PYTHON --target "$root/opt/certbot" "certbot==$CERTBOT"
   cd "$root"
   rm -rf usr/share/{doc,man,locale,zoneinfo,perl5} usr/lib/*-linux-gnu/gconv var/{cache,lib}/{apt,dpkg}
@@ -244,6 +249,7 @@ images() {
   [ "$(docker image inspect -f '{{.Config.Labels.key}}' c2-test/certbot:local 2>/dev/null || true)" = "$key" ] && return
   docker import - c2-test/base:local <"$BED/root-$key.tar" >/dev/null
   image nginx 'EXPOSE 80' 'STOPSIGNAL SIGQUIT' 'ENTRYPOINT ["/docker-entrypoint.sh"]' 'CMD ["nginx", "-g", "daemon off;"]'
+  image nginx-old 'ENV PATH=/opt/old:$PATH' 'STOPSIGNAL SIGQUIT' 'ENTRYPOINT ["/docker-entrypoint.sh"]'
   image app 'STOPSIGNAL SIGKILL' 'CMD ["/app.sh"]' # busybox httpd as process 1 does not hear SIGTERM
   image certbot 'ENV PYTHONPATH=/opt/certbot REQUESTS_CA_BUNDLE=/etc/ssl/pebble-ca.pem' \
     'VOLUME /etc/letsencrypt /var/lib/letsencrypt' 'ENTRYPOINT ["certbot"]'
