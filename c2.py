@@ -1264,7 +1264,8 @@ def rollback_target(state: State, end_point: str) -> Deploy:
 # level, since an earlier use of the variable would cache "". `mirror` reads the request's body before the
 # link is asked for $c2_port: an upload that began before a switch goes to the new deploy, not to one that was
 # stopped meanwhile. Where the connection to an app could not be made, the link is asked again; what has been
-# sent is never repeated.
+# sent is never repeated. What is said of TLS stands outside of the servers: until a client has told a name,
+# its connection is the default server's, which decides on the version.
 NGINX_TEMPLATE = (r"""user nginx;
 worker_processes auto;
 worker_rlimit_nofile 65536;
@@ -1328,6 +1329,11 @@ http {
     location / { return 404; }
   }
 {{#c2.rejectUnknownTls}}
+  ssl_protocols TLSv1.2 TLSv1.3;
+  ssl_ciphers ECDHE+AESGCM:ECDHE+CHACHA20;
+  ssl_prefer_server_ciphers off;
+  ssl_session_cache shared:c2:10m;
+  ssl_session_tickets off;
   server { listen {{c2.httpsPort}} ssl{{c2.listenHttp2}} default_server; ssl_reject_handshake on; }
 {{/c2.rejectUnknownTls}}
 
@@ -1359,11 +1365,6 @@ http {
     server_name {{serverNames}};
     ssl_certificate {{{sslCertPath}}};
     ssl_certificate_key {{{sslCertKeyPath}}};
-    ssl_protocols TLSv1.2 TLSv1.3;
-    ssl_ciphers ECDHE+AESGCM:ECDHE+CHACHA20;
-    ssl_prefer_server_ciphers off;
-    ssl_session_cache shared:c2:10m;
-    ssl_session_tickets off;
     # the app
   }
 {{/sslCertPath}}
@@ -2931,8 +2932,8 @@ def proxy_words(host: Host) -> str:
 
 
 def complaints(said: str) -> str:
-    """What nginx complains of, each once and on one line."""
-    words = re.findall(r"\[(?:emerg|alert|crit)\] (?:\d+#\d+: )?(.+)", said)
+    """Why nginx does not take a configuration, or can't run, in its words: each once, on one line."""
+    words = re.findall(r"\[emerg\] (?:\d+#\d+: )?(.+)", said)
     return "; ".join(list(dict.fromkeys(words))[-3:])
 
 

@@ -5017,6 +5017,48 @@ class CertificateExample(unittest.TestCase):
         self.assertEqual(c2.parser().parse_args(command.split()).lock_wait, 600)
 
 
+@contextlib.contextmanager
+def limiting_authority():
+    """pebble, but for orders: those it refuses for their number (RFC 8555, 6.6). Gives its address."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            if self.path == "/dir":
+                context = ssl.create_default_context(cafile=ca)
+                with urllib.request.urlopen("https://127.0.0.1:14000/dir", context=context) as answer:
+                    directory = json.loads(answer.read().decode())
+                self.reply(200, "application/json", json.dumps(dict(directory, newOrder=url + "/order")))
+            else:
+                self.reply(200 if self.path == "/page" else 404, "text/html", "<p>Hello</p>" * 1000)
+        do_HEAD = do_GET
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.reply(429, "application/problem+json", json.dumps({
+                "type": "urn:ietf:params:acme:error:rateLimited", "detail": "too many certificates (5) "
+                "already issued, retry after tomorrow: see https://x.test/"}))
+
+        def reply(self, code, kind, content):
+            self.send_response(code)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content.encode() if self.command != "HEAD" else b"")
+
+        def log_message(self, *args):
+            pass
+    ca = os.environ["BED"] + "/ca.pem"
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(ca, os.environ["BED"] + "/ca.key")
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        url = "https://localhost:%d" % server.server_address[1]
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield url
+        finally:
+            server.shutdown()
+
+
 @needs_bed
 class CertificatesServed(Sandbox):
     """With pebble, which validates the challenge through the proxy's port 80."""
@@ -5061,14 +5103,24 @@ class CertificatesServed(Sandbox):
             answer = connection.getresponse()
             return answer.status, answer.read().decode(), answer.getheader("Location")
 
-    def session(self, host):
+    def session(self, host, root=None):
         """Version, ALPN and certificate of a handshake."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.load_verify_locations(os.environ["C2_TEST_ROOT"])
+        context.load_verify_locations(root or os.environ["C2_TEST_ROOT"])
         context.set_alpn_protocols(["h2", "http/1.1"])
         with socket.create_connection((host, 443), 10) as plain, \
                 context.wrap_socket(plain, server_hostname=host) as s:
             return s.version(), s.selected_alpn_protocol(), s.getpeercert(True)
+
+    def speaks_tls(self, host):
+        """Version 1.2 and 1.3, with forward secrecy, and nothing else."""
+        for args, served in (("-tls1_3", True), ("-tls1_2", True), ("-tls1_1", False), ("-tls1", False),
+                             ("-tls1_2 -cipher AES128-GCM-SHA256:AES256-SHA", False)):
+            code = subprocess.call(["openssl", "s_client", "-connect", host + ":443", "-servername", host]
+                                   + (args + " -cipher DEFAULT@SECLEVEL=0" * (args < "-tls1_2")).split(),
+                                   stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL)
+            self.assertEqual(code == 0, served, args)
 
     def container(self):
         shown = "{{.Id}} {{.State.StartedAt}}"
@@ -5130,11 +5182,7 @@ class CertificatesServed(Sandbox):
         first, proxy = self.session(hosts[0]), self.container()
         self.assertEqual([self.session(host) for host in hosts], [first] * 3)
         self.assertEqual(first[:2], ("TLSv1.3", "h2"))
-        for version, served in (("-tls1_2", True), ("-tls1_1", False)):
-            code = subprocess.call(["openssl", "s_client", "-connect", hosts[0] + ":443", version, "-cipher",
-                                    "DEFAULT@SECLEVEL=0"], stdin=subprocess.DEVNULL,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            self.assertEqual(code == 0, served, version)
+        self.speaks_tls(hosts[0])
         with self.assertRaises(ssl.SSLError):
             self.session("unknown.example.test")
         self.keys_are_private()
@@ -5191,7 +5239,7 @@ class CertificatesServed(Sandbox):
         def fails(words):
             ran = self.c2("generate-ssl-certificate", code=1)
             self.assertRegex(ran.err.splitlines()[-1], words)
-            self.assertNotIn("Saving debug log", ran.err)
+            self.assertNotRegex(ran.err, "Saving debug log|Requesting|Account registered")
             self.assertLess(len(ran.err.splitlines()), 6, ran)
             self.assertIn("output", self.log()[-1])
             self.assertEqual([self.session(host)[2] for host in hosts], [before] * 3)
@@ -5203,6 +5251,14 @@ class CertificatesServed(Sandbox):
         fails("certbot got no certificate, .*: bad.example.test: connection: .*unreachable")
         self.assertEqual(c2.http_get(80, "/", "bad.example.test")[0], 503)
         self.assertIn("extra: no certificate yet; c2 generate-ssl-certificate gets it", self.c2("status").out)
+        with limiting_authority() as url:
+            for path, words in (
+                    ("/dir", "from https://localhost:[0-9]+/dir, and what is served stays as it is: too many "
+                             "certificates .5. already issued, retry after tomorrow: see https://x.test/$"),
+                    ("/page", "from .*/page, and .*: acme.errors.ClientError: Unexpected .* text/html"),
+                    ("/nothing", "from .*/nothing, and .*: acme.errors.ClientError: <Response .404.>$")):
+                self.https(both, acmeServer=url + path)
+                fails("error: certbot got no certificate " + words)
         self.https(both)
         self.make_due()
         rule = "OUTPUT -o lo -p tcp --dport 14000 -j REJECT --reject-with tcp-reset".split()
@@ -5257,10 +5313,13 @@ class CertificatesServed(Sandbox):
         self.assertRegex(ran.err, "error: port 443 does not present that certificate .*; look at .*own.tpl")
 
     def another_set_and_another_authority(self, hosts):
+        for names in (hosts[:1], hosts[:2], hosts[1:2], hosts[:1]):
+            self.https({"main": (names, self.GENERATED)})
+            self.assertIn("is new, and served", self.c2("generate-ssl-certificate").err)
+            shown = json.loads(self.c2("status", "--json").out)["certificates"]["main"]
+            self.assertEqual(sorted(shown["names"]), names)
         self.https({"main": (hosts[:1], self.GENERATED)}, acmeServer="https://localhost:14000/dir")
-        self.c2("generate-ssl-certificate")
-        names = json.loads(self.c2("status", "--json").out)["certificates"]["main"]["names"]
-        self.assertEqual(names, hosts[:1])
+        self.assertIn("is new, and served", self.c2("generate-ssl-certificate").err)
         with open(self.path("opt/etc/letsencrypt/renewal/camus2cert.conf")) as f:
             self.assertIn("server = https://localhost:14000/dir", f.read())
         before = self.session(hosts[0])[2]
@@ -5268,6 +5327,63 @@ class CertificatesServed(Sandbox):
         self.https({"main": (hosts[:1], self.GENERATED)}, acmeServer="https://127.0.0.1:14000/dir")
         self.assertIn("is new", self.c2("generate-ssl-certificate").err)
         self.assertNotEqual(self.session(hosts[0])[2], before)
+
+    def test_the_nginx_of_before_and_the_one_since_speak_http2(self):
+        pair = make_certificate(self.dir, "one", ["shop.example.test"])
+        for image, there, not_there in (("c2-test/nginx-old", "listen 443 ssl http2;", "http2 on"),
+                                        ("c2-test/nginx", "http2 on;", "ssl http2"),
+                                        ("c2-test/nginx-old", "listen 443 ssl http2;", "http2 on")):
+            self.https({"shop": (["shop.example.test"], explicit(pair))}, nginxDockerImage=image)
+            if not os.path.exists(self.path("deploys/blue")):
+                self.app("blue")
+            self.c2("connect", "shop", "blue")
+            self.assertEqual(self.session("shop.example.test", pair[0])[:2], ("TLSv1.3", "h2"))
+            self.speaks_tls("shop.example.test")
+            conf = self.read("deploys/frontend-proxy/conf/nginx.conf")
+            self.assertIn(there, conf)
+            self.assertNotIn(not_there, conf)
+            said = subprocess.check_output(["docker", "logs", "frontendproxy"], stderr=subprocess.STDOUT)
+            self.assertNotIn(b"[warn]", said)
+        # One that does not say which it is does without; one that can't is refused with its words.
+        for code in (0, 1):
+            self.write("nginx", '#!/bin/sh\n[ "$*" != -v ] || { echo version mine; exit %d; }\n'
+                       'exec /usr/sbin/nginx "$@"\n' % code, 0o755)
+            self.write("Dockerfile", "FROM c2-test/nginx:local\nCOPY nginx /usr/local/sbin/nginx\n")
+            subprocess.check_output(["docker", "build", "-t", "c2-test/nginx-odd:%d" % code, self.dir],
+                                    stderr=subprocess.STDOUT, env=dict(os.environ, DOCKER_BUILDKIT="0"))
+            self.https({"shop": (["shop.example.test"], explicit(pair))}, nginxDockerVersion=str(code),
+                       nginxDockerImage="c2-test/nginx-odd")
+            ran = self.c2("connect", "shop", "blue", code=code)
+            self.assertEqual(self.session("shop.example.test", pair[0])[:2], ("TLSv1.3", "http/1.1"))
+        self.assertRegex(ran.err, "error: docker run .* c2-test/nginx-odd:1 .*: exit 1: version mine")
+
+    def test_another_program_on_the_https_port(self):
+        pair = make_certificate(self.dir, "one", ["shop.example.test"])
+        plain = {"plain": (["plain.example.test"], "httpOnly")}
+        both = dict(plain, shop=(["shop.example.test"], explicit(pair)))
+        self.https(plain)
+        self.app("blue")
+        with socket.socket() as other:
+            other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            other.bind(("127.0.0.1", 443))
+            other.listen(5)
+            self.https(both)
+            ran = self.c2("connect", "shop", "blue", code=1)
+            self.assertIn("error: another program holds port 443, which the proxy needs;", ran.err)
+            self.assertEqual(subprocess.check_output(["docker", "ps", "-aq"]), b"")
+            self.https(plain)
+            self.c2("connect", "plain", "blue")
+            before = self.state(), self.container()
+            self.https(both)
+            for args in (("connect", "shop", "blue"), ("restart-frontend-proxy",)):
+                ran = self.c2(*args, code=1)
+                self.assertRegex(ran.err.splitlines()[-1], "error: has not taken its new configuration: "
+                                 "bind.. to 0.0.0.0:443 failed .98: .*; still could not bind..$")
+                self.assertEqual(self.ask("plain.example.test", port=80)[:2], (200, "blue"))
+            self.assertEqual((self.state(), self.container()), before)
+        self.c2("connect", "shop", "blue")
+        self.assertEqual(self.ask("shop.example.test", root=pair[0])[:2], (200, "blue"))
+        self.assertEqual(self.container(), before[1])
 
     def test_given_ones_and_none_yet(self):
         pair = make_certificate(self.dir, "one", ["shop.example.test"])
@@ -5318,7 +5434,8 @@ top) echo "PID COMMAND"; [ ! -e "$FAKE/up" ] || echo "$(cat "$FAKE/up") nginx: w
 kill) [ -e "$FAKE/up" ] || say no container; echo $(($(cat "$FAKE/up") + 1)) >"$FAKE/up" ;;
 up) [ -e "$FAKE/up" ] || echo 100 >"$FAKE/up" ;;
 down) rm -f "$FAKE/up" ;;
-exec | run | logs) ;;
+run) case $* in *certonly*) sh "$FAKE/certbot" ;; esac ;;
+exec | rm | logs) ;;
 *) say "unknown: $*" ;;
 esac
 '''
@@ -5846,6 +5963,96 @@ class PowerCutsWithTheProxy(PowerCuts, BlueGreen):
 @needs_bed
 class PowerCutsWithoutTheProxy(PowerCuts, Replacing):
     pass
+
+
+@needs(shutil.which("openssl"), "the openssl program")
+class FaultsWithCertificates(EveryFault, Faulty):
+    """The first certificate of a host, and renewals, with a fault at each effect; certbot is a fake."""
+
+    strides = {"kill": 3, "signal": 5, "disk full": 7, "program hangs": 3, "program fails": 2,
+               "program fails late": 2}
+
+    def set_up_host(self):
+        live, generated = self.path("opt/etc/letsencrypt/live/camus2cert"), {"httpsWithRedirect": "generated"}
+        self.configure(
+            configSources={"source": {"file": "../source.json"}}, commandTimeoutSecs=self.timeout,
+            letsencryptPrefixDir="../opt", letsencryptWwwDir="../www", autoCertContactEmail="a@example.com",
+            deployMode={"proxy": {
+                "endPoints": {"main": {"serverNames": ["main.test"], "etype": generated},
+                              "other": {"serverNames": ["other.test"], "etype": "httpOnly"}},
+                "httpPort": self.ports, "httpsPort": self.ports + 40, "readyTimeoutSecs": .5,
+                "dynamicPortRange": [self.ports + 1, self.ports + 40], "drainTimeoutSecs": .3}})
+        # Like certbot, it has the new files first, and then points its links there, one by one.
+        self.write("fake/certbot", "mkdir -p %s && cd %s && for f in fullchain privkey; do "
+                   "ln -sfn ../../../$f$(cat ../../../../../next).pem $f.pem; done" % (live, live))
+
+    def serve(self):
+        super().serve()
+        pid = os.fork()
+        if not pid:
+            while True:
+                with contextlib.suppress(Exception):
+                    self.listen_tls()
+                time.sleep(.002)
+        self.addCleanup(lambda: (os.kill(pid, signal.SIGKILL), os.waitpid(pid, 0)))
+
+    def listen_tls(self):
+        """What nginx does on the https port: a certificate is taken when it starts or reloads."""
+        proxy, context, known = self.path("deploys/frontend-proxy/"), None, ""
+        with socket.socket() as server:
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            server.bind(("127.0.0.1", self.ports + 40))
+            server.settimeout(.002)
+            while os.path.exists(self.path("fake/up")):
+                now = self.read("fake/up")
+                if now != known:
+                    pair = re.findall("ssl_certificate(?:_key)? /etc/nginx/c2/(.*);",
+                                      c2.read_file(proxy + "conf/nginx.conf"))
+                    if pair:
+                        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+                        context.load_cert_chain(*(proxy + path for path in pair))
+                        server.listen(20)
+                    known = now
+                with contextlib.suppress(OSError), contextlib.closing(server.accept()[0]) as c:
+                    context.wrap_socket(c, server_side=True).close()
+
+    def due(self, _):
+        """certbot will give another certificate than before."""
+        number = int(c2.read_file(self.path("next")) or 0) + 1
+        os.makedirs(self.path("opt/etc/letsencrypt"), exist_ok=True)
+        pair = make_certificate(self.dir, "made", ["main.test"])
+        for name, made in zip(("fullchain", "privkey"), pair):
+            os.replace(made, self.path("opt/etc/%s%d.pem" % (name, number)))
+        self.write("next", str(number))
+        self.before = c2.presented(self.ports + 40, "main.test")
+
+    def fresh(self, _):
+        """A host that never had a proxy, nor a certificate."""
+        self.run_c2("shutdown-frontend-proxy")
+        for path in ("opt", "deploys/frontend-proxy/certs", "deploys/frontend-proxy/conf",
+                     "deploys/frontend-proxy/nginx.ctx.json", "deploys/frontend-proxy/docker-compose.yml"):
+            c2.remove_tree(self.path(path))
+        self.due(())
+
+    def after_strike(self, mode, command, ran, served):
+        new = ssl.PEM_cert_to_DER_cert(self.read("opt/etc/fullchain%s.pem" % self.read("next")))
+        if self.before:
+            self.assertIn(c2.presented(self.ports + 40, "main.test"), (self.before, new), "after the fault")
+        super().after_strike(mode, command, ran, served)
+        if self.before:
+            self.assertIn(c2.presented(self.ports + 40, "main.test"), (self.before, new), "after a command")
+        self.run_c2("generate-ssl-certificate")
+        self.assertEqual(c2.presented(self.ports + 40, "main.test"), new)
+        copies = os.listdir(self.path("deploys/frontend-proxy/certs"))
+        self.assertEqual(len(copies), 2, copies)
+
+    def story(self, *modes):
+        begun = time.time()
+        self.run_c2("start", "a.zip")
+        self.run_c2("connect", "main", "a")
+        self.walk(modes, "generate-ssl-certificate", prepare=self.fresh)
+        self.walk(modes, "generate-ssl-certificate", prepare=self.due)
+        self.report(modes, begun)
 
 
 class LockAndJournal(Faulty):
