@@ -5377,7 +5377,7 @@ class CertificatesServed(Sandbox):
             self.https(both)
             for args in (("connect", "shop", "blue"), ("restart-frontend-proxy",)):
                 ran = self.c2(*args, code=1)
-                self.assertRegex(ran.err.splitlines()[-1], "error: has not taken its new configuration: "
+                self.assertRegex(ran.err.splitlines()[-1], "nginx has not taken its new configuration: "
                                  "bind.. to 0.0.0.0:443 failed .98: .*; still could not bind..$")
                 self.assertEqual(self.ask("plain.example.test", port=80)[:2], (200, "blue"))
             self.assertEqual((self.state(), self.container()), before)
