@@ -1095,33 +1095,27 @@ def plan(end_points: Any, old: State, new: State) -> list:
             do(outage)
 
 
-def next_step(end_points: Any, old: State, new: State, barred: Callable[[Any], bool]) -> Any:
-    """The action to do now on the way from `old` to `new`; None when all that is left waits for what is
-    barred.
+def doable(end_points: Any, old: State, new: State, barred: Callable[[Any], bool]) -> list:
+    """What of the plan from `old` to `new` can be done now, even if all else fails.
 
     barred: tells whether an action has failed and is not due again. What does not build on such a one goes
     on, and no endpoint is cut off for a deploy that can't be had.
     """
-    from itertools import groupby
-    for outage, run in groupby(plan(end_points, old, new), lambda a: is_outage(end_points, a, new)):
-        steps = list(run)
-        if not (outage and in_vain(end_points, steps, old, new, barred)):
-            for action in steps:
-                if not barred(action) and possible(action, old, new):
-                    return action
-    return None
-
-
-def in_vain(end_points: Any, outages: list, old: State, new: State, barred: Callable[[Any], bool]) -> bool:
-    """Whether endpoints that are taken off would stay off, since what has failed stands in the way."""
-    state = old
-    for outage in outages:
-        state = next_state(outage, state)
-    action = next_step(end_points, state, new, barred)
-    while action:
-        state = next_state(action, state)
-        action = next_step(end_points, state, new, barred)
-    return any(state.connections.get(a.end_point) != new.connections[a.end_point] for a in outages)
+    planned = plan(end_points, old, new)
+    while True:
+        actions, state = [], old
+        for action in planned:
+            less = [Destroy(action.old)] if isinstance(action, Replace) else []     # others may wait for it
+            for a in [action, *less]:
+                if not barred(a) and possible(a, state, new):
+                    actions.append(a)
+                    state = next_state(a, state)
+                    break
+        vain = [a for a in actions if is_outage(end_points, a, new)
+                and state.connections.get(a.end_point) != new.connections[a.end_point]]
+        if not vain:
+            return actions
+        planned = [a for a in planned if a not in vain]
 
 
 def is_outage(end_points: Any, action: Any, new: State) -> bool:
@@ -1804,9 +1798,14 @@ def utc_now(moment: Optional[float] = None) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(moment)) + f".{int(moment * 1000) % 1000:03d}Z"
 
 
+def visible(message: str) -> str:
+    """A text with its control characters, but for tabs and line ends, spelled out."""
+    return re.sub(r"[\0-\x08\x0b-\x1f\x7f-\x9f]", lambda m: ascii(m.group())[1:-1], message)
+
+
 def say(message: str) -> None:
     """Tell the person at the terminal; nothing that is said may fail the work, or steer the terminal."""
-    message = re.sub(r"[\0-\x08\x0b-\x1f\x7f-\x9f]", lambda m: ascii(m.group())[1:-1], message)
+    message = visible(message)
     with contextlib.suppress(OSError, ValueError):
         print(f"c2: {message}", file=sys.stderr, flush=True)
 
@@ -1828,6 +1827,11 @@ class Log:
     def __init__(self, path: str, command: str) -> None:
         self.path, self.command, self.works, self.failed = path, command, True, False
         self.secrets = []       # type: List[str]
+        self.warned = None      # type: Optional[list]
+
+    def begin_round(self) -> None:
+        """From now on a warning of this round or the last one is not repeated."""
+        self.warned = [self.warned[1] if self.warned else set(), set()]
 
     def add_secrets(self, values: List[str]) -> None:
         self.secrets = sorted({*self.secrets, *values}, key=len, reverse=True)
@@ -1861,6 +1865,11 @@ class Log:
         self.event("info", event, message, **fields)
 
     def warn(self, event: str, message: str, **fields: Any) -> None:
+        if self.warned:
+            known = any(message in of_round for of_round in self.warned)
+            self.warned[1].add(message)
+            if known:
+                return
         say("warning: " + masked(message, self.secrets))
         self.event("warning", event, message, **fields)
 
@@ -1932,13 +1941,20 @@ def end_left_over(group: Optional[dict]) -> bool:
 
 @contextlib.contextmanager
 def uninterruptible() -> Any:
-    """Hold SIGINT, SIGTERM and SIGHUP back: an undo must not be undone half-way."""
-    before = {s: signal.signal(s, lambda *a: say("putting things back; a moment")) for s in SIGNALS}
+    """Hold SIGINT, SIGTERM and SIGHUP back until it is done: an undo must not be undone half-way."""
+    held = []
+
+    def hold(signum: int, frame: Any) -> None:
+        say("putting things in order; a moment")
+        held.append(signum)
+    before = {s: signal.signal(s, hold) for s in SIGNALS}
     try:
         yield
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
+    for signum in held[:1]:
+        os.kill(os.getpid(), signum)
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -3873,7 +3889,7 @@ def complaint(config: Config, wanted: Optional[State], record: Record) -> str:
     said = [f"STALE: not heard of for {age}"] if record.age > LIVE_SECS else []
     said += [f"FAILING: {record.error}"] if record.error else []
     said += [f"BEHIND: {behind}"] if behind else []
-    return "; ".join(said)
+    return " ".join("; ".join(said).split())
 
 
 def fleet_text(config: Config, wanted: Optional[State], records: List[Record]) -> str:
@@ -3890,28 +3906,41 @@ def fleet_text(config: Config, wanted: Optional[State], records: List[Record]) -
 def show_fleet(host: Host, args: Any) -> None:
     """`status` of the master state, and on request of the slaves: two calls of the aws CLI, however many."""
     import tempfile
-    config, problem = host.config, None
     with tempfile.TemporaryDirectory(prefix="c2-") as directory:
         while True:
+            problem = None
             try:
-                state, problem = read_master(config)[0], None
+                shown, problem = fleet_status(host.config, args, directory)
             except C2Error as e:
-                state, problem = None, e
-            records = read_records(config, directory) if args.show_slaves else []
-            plain = {"master": encode_state(state) if state else None}
-            if args.show_slaves:
-                plain["slaves"] = [{"label": r.label, "lastModified": utc_now(r.moment), "state": r.raw,
-                                    "problem": complaint(config, state, r)} for r in records]
-            shown = status_text(config, state or State(), {}) if state else f"No master state: {problem}"
-            shown += "\n\n" + fleet_text(config, state, records) if args.show_slaves else "\n"
-            shown = json.dumps(plain, indent=2) + "\n" if args.json else shown
+                shown = f"{e}\n"
+                if not args.watch:
+                    raise
             emit("\x1b[H\x1b[J" + shown if args.watch and sys.stdout.isatty() else shown)
             if not args.watch:
                 break
             time.sleep(args.watch)
-    report_unfinished(config)
+    report_unfinished(host.config)
     if problem:
         raise problem
+
+
+def fleet_status(config: Config, args: Any, directory: str) -> tuple:
+    """What `status` prints of a fleet, and the C2Error that the master state can't be read for, or None."""
+    state = problem = None
+    try:
+        state = read_master(config)[0]
+    except C2Error as e:
+        problem = e
+    records = read_records(config, directory) if args.show_slaves else []
+    if args.json:
+        plain = {"master": encode_state(state) if state else None}      # type: Dict[str, Any]
+        if args.show_slaves:
+            plain["slaves"] = [{"label": r.label, "lastModified": utc_now(r.moment), "state": r.raw,
+                                "problem": complaint(config, state, r)} for r in records]
+        return json.dumps(plain, indent=2) + "\n", problem
+    shown = status_text(config, state, {}) if state else f"No master state: {problem}"
+    shown += "\n\n" + fleet_text(config, state, records) if args.show_slaves else "\n"
+    return visible(shown), problem
 
 
 def await_fleet(host: Host, wait: float) -> None:
@@ -3921,14 +3950,17 @@ def await_fleet(host: Host, wait: float) -> None:
     config, deadline, told = host.config, time.monotonic() + wait, ""
     with tempfile.TemporaryDirectory(prefix="c2-") as directory:
         while True:
-            wanted = read_master(config)[0]
-            live = [r for r in read_records(config, directory) if r.age <= LIVE_SECS]
-            said = {r.label: complaint(config, wanted, r) for r in live}
-            late = [f"{name}: {problem}" for name, problem in said.items() if problem]
+            live, late = [], []
+            try:
+                wanted = read_master(config)[0]
+                live = [r for r in read_records(config, directory) if r.age <= LIVE_SECS]
+                late = [f"{r.label}: {c}" for r in live for c in [complaint(config, wanted, r)] if c]
+                shown = f"{len(late)} of {len(live)} slaves are not there yet" if live else (
+                    f"no slave has reported to {remote_url(config, 'slaves')}/ within {LIVE_SECS} s")
+            except CommandFailed as e:      # S3 may be there again in time
+                shown = f"the fleet's state can't be read: {e}"
             if live and not late:
                 return host.log.info("fleet", f"all {len(live)} slaves report the master's state")
-            shown = f"{len(late)} of {len(live)} slaves are not there yet" if live else (
-                f"no slave has reported to {remote_url(config, 'slaves')}/ within {LIVE_SECS} s")
             if time.monotonic() >= deadline:
                 raise C2Error("; ".join([f"after {wait:g} s {shown}", *late]))
             if shown != told:
@@ -3951,7 +3983,7 @@ class Poll:
 
     def read(self) -> str:
         """The document as it is now; raises Missing without one, C2Error when it can't be read."""
-        problem = ""
+        problem, refused = "", False
         for _ in range(2 if time.monotonic() >= self.fall_back else 0):
             if time.monotonic() >= self.renew:
                 self.signed = aws("s3", "presign", self.url, "--expires-in", str(2 * PRESIGN_SECS)).strip()
@@ -3965,13 +3997,15 @@ class Poll:
                 return self.body
             if status == 404:
                 raise Missing(f"{self.url} is not there")
-            problem, self.renew = f"it says {status}", 0.0      # the signature may have had its day
+            problem, refused = f"it says {status}", status < 500
+            if refused:
+                self.renew = 0.0        # the signature may have had its day
         content = aws("s3", "cp", self.url, "-")
         if problem:
-            self.fall_back = time.monotonic() + PRESIGN_SECS
+            self.fall_back = time.monotonic() + (PRESIGN_SECS if refused else HEARTBEAT_SECS)
             if not self.told:
                 self.log.warn("poll", f"{self.url} can't be read by a presigned address ({problem}); polls "
-                              "start the aws CLI instead")
+                              "start the aws CLI for a while")
             self.told = True
         return content
 
@@ -4038,12 +4072,18 @@ class Failure(NamedTuple):
     reason: str
 
 
+def failure_key(action: Any) -> Any:
+    """What the failure of an action is kept under: a deploy that does not start is one, beside or in place of
+    another."""
+    return Create(action.deploy) if isinstance(action, Replace) else action
+
+
 class Slave:
     """A machine of a fleet, and what its `slave-update` remembers from round to round."""
 
     def __init__(self, host: Host, given: Optional[str]) -> None:
         import threading
-        self.given, self.problems, self.written = given, [], None
+        self.given, self.problems = given, []
         self.failures, self.tried = {}, set()       # type: Dict[Any, Failure], set
         self.seen = self.master = None      # the master's document, and what it says
         self.first, self.full_at, self.lost = True, 0.0, 0
@@ -4052,10 +4092,11 @@ class Slave:
         threading.Thread(target=self.heartbeat, daemon=True).start()
 
     def take(self, host: Host) -> None:
+        """Work with this configuration; raises, and changes nothing, when it does not tell the label."""
         limit = host.config.command_timeout_secs
-        self.host = host._replace(command_timeout=SLAVE_TIMEOUT_SECS if limit is None else limit)
         self.label = slave_label(host.config.proxy)
-        self.poll = Poll(host.log, master_url(host.config))
+        self.host = host._replace(command_timeout=SLAVE_TIMEOUT_SECS if limit is None else limit)
+        self.poll, self.written = Poll(host.log, master_url(host.config)), None
 
     def round(self) -> List[str]:
         """Make this machine what the master state says, as far as that can be done now, and report; returns
@@ -4073,8 +4114,7 @@ class Slave:
             self.first = bool(troubles) or "proxy" in self.failures
             problems += troubles
         for problem in problems:
-            if problem not in self.problems:
-                self.host.log.warn("slave", problem)
+            self.host.log.warn("slave", problem)
         self.problems = problems + [f.reason for f in self.failures.values()]
         self.report()
         return self.problems
@@ -4106,6 +4146,7 @@ class Slave:
 
     def work(self, master: Optional[State]) -> None:
         """With the lock: put right what was killed, start what a reboot has ended, then follow the master."""
+        self.host.log.begin_round()
         if not self.first:
             self.attempt("config", self.reload)
         host = self.host
@@ -4150,33 +4191,49 @@ class Slave:
             replace_file(path, boot_id())
 
     def follow(self, master: State) -> None:
-        """Do what can be done to get from this machine's state to the master's."""
-        config, cut, ready_for = self.host.config, {}, set()
-        while True:
-            state = load_state(config)
-            action = next_step(config.end_points, state, master, self.barred)
-            if not action:
-                break
-            if is_outage(config.end_points, action, master):
-                made = [a for a in plan(config.end_points, state, master) if isinstance(a, (Create, Replace))
-                        and a.deploy.label == master.connections[action.end_point] and a not in ready_for]
-                if made:        # see first whether it can be had at all
-                    ready_for.add(made[0])
-                    try:
-                        rehearse(self.host, made[0].deploy)
-                    except (C2Error, OSError) as e:
-                        self.failed(made[0], e)
-                    continue
-                cut[action.end_point] = state.connections[action.end_point]
-                self.host.log.warn("outage", f"{action.end_point} answers 503 until "
-                                   f"{master.connections[action.end_point]} runs, whose label or port is "
-                                   "still held by what is connected", endpoint=action.end_point)
-            self.attempt(action, self.perform, action, state)
-            self.recover()
-        for end_point, name in cut.items():
-            if end_point not in state.connections and name in state.deploys:
-                back = Connect(end_point, name)
-                self.attempt(back, self.perform, back, state)
+        """Do what can be done to get from this machine's state to the master's; anew when something fails."""
+        config, actions, seen = self.host.config, [None], set()
+        while actions:
+            actions = doable(config.end_points, load_state(config), master, self.barred)
+            if self.rehearse(actions, master, seen):
+                self.follow_plan(actions, master)
+
+    def follow_plan(self, actions: list, master: State) -> None:
+        """Carry out actions up to the first that fails; then an endpoint that was cut off is put back."""
+        config, cut = self.host.config, {}
+        try:
+            for action in actions:
+                state = load_state(config)
+                if is_outage(config.end_points, action, master):
+                    cut[action.end_point] = state.connections[action.end_point]
+                    self.host.log.warn("outage", f"{action.end_point} answers 503 until "
+                                       f"{master.connections[action.end_point]} runs, whose label or port is "
+                                       "still held by what is connected", endpoint=action.end_point)
+                done = self.attempt(failure_key(action), self.perform, action, state)
+                self.recover()
+                if not done:
+                    break
+        finally:
+            for end_point, name in cut.items():
+                state = load_state(config)
+                if end_point not in state.connections and name in state.deploys:
+                    back = Connect(end_point, name)
+                    self.attempt(back, self.perform, back, state)
+
+    def rehearse(self, actions: list, master: State, seen: set) -> bool:
+        """See, before endpoints are cut off, whether the releases that they are to have can be had at all."""
+        config = self.host.config
+        wanted = [master.connections[a.end_point] for a in actions if is_outage(config.end_points, a, master)]
+        for action in actions:
+            key = failure_key(action)
+            if isinstance(key, Create) and key.deploy.label in wanted and key not in seen:
+                seen.add(key)
+                try:
+                    rehearse(self.host, key.deploy)
+                except (C2Error, OSError) as e:
+                    self.failed(key, e)
+                    return False
+        return True
 
     def perform(self, action: Any, state: State) -> None:
         """Carry out one action; raises when it fails, and when it succeeds in connecting a deaf deploy."""
@@ -4192,15 +4249,18 @@ class Slave:
         if problem:
             raise C2Error(f"{problem}, though {action.end_point} is connected to it")
 
-    def attempt(self, key: Any, function: Callable, *args: Any) -> None:
-        """Call a function unless `key` has failed and is not due again; a failure is kept under it."""
+    def attempt(self, key: Any, function: Callable, *args: Any) -> bool:
+        """Call a function unless `key` has failed and is not due again; a failure is kept under it. Tells
+        whether it was done."""
         if self.waits(key):
-            return
+            return False
         try:
             function(*args)
-            self.failures.pop(key, None)
         except (C2Error, OSError) as e:
             self.failed(key, e)
+            return False
+        self.failures.pop(key, None)
+        return True
 
     def failed(self, key: Any, why: Exception) -> None:
         import random
@@ -4215,11 +4275,14 @@ class Slave:
 
     def barred(self, action: Any) -> bool:
         subject = getattr(action, "end_point", None) or action.deploy.label
-        return self.waits(action) or os.path.exists(self.host.config.proxy_path("blocked", f"{subject}.json"))
+        blocked = self.host.config.proxy_path("blocked", f"{subject}.json")
+        return self.waits(failure_key(action)) or os.path.exists(blocked)
 
     def forget(self, master: Optional[State], state: State) -> None:
         """Drop the failures of what is not to be done any more."""
-        planned = plan(self.host.config.end_points, state, master) if master else list(self.failures)
+        if master:
+            planned = [failure_key(a) for a in plan(self.host.config.end_points, state, master)]
+            planned += [Destroy(d) for d in state.deploys.values() if master.deploys.get(d.label) != d]
 
         def lasts(key: Any) -> bool:
             if isinstance(key, Restart):
@@ -4227,7 +4290,7 @@ class Slave:
             if isinstance(key, str):
                 return os.path.exists(key) if "/" in key else key != "recovery" or key in self.tried
             deaf = isinstance(key, Connect) and state.connections.get(key.end_point) == key.label
-            return deaf or key in planned
+            return not master or deaf or key in planned
         self.failures = {key: failure for key, failure in self.failures.items() if lasts(key)}
 
     def report(self, anyway: bool = False) -> None:
@@ -4259,8 +4322,14 @@ class Slave:
         """Write the record every minute, also while an action takes its time."""
         while True:
             time.sleep(HEARTBEAT_SECS)
-            with contextlib.suppress(Exception):
-                self.report(True)
+            self.survive(self.report, True)
+
+    def survive(self, function: Callable, *args: Any) -> None:
+        """Call a function; whatever goes wrong, a machine that nobody looks after goes on."""
+        try:
+            function(*args)
+        except Exception as e:
+            self.host.log.warn("slave", problem_of(e)[0])
 
 
 def rehearse(host: Host, deploy: Deploy) -> None:
@@ -4459,10 +4528,7 @@ def cmd_slave_update(host: Host, args: Any) -> None:
     require_remote(host.config, "slave-update")
     slave = Slave(host, getattr(args, "config", None))
     while args.repeat:
-        try:
-            slave.round()
-        except Exception as e:      # whatever it was: a machine that nobody looks after goes on
-            host.log.warn("slave", f"internal error, please report it: {type(e).__name__}: {e}")
+        slave.survive(slave.round)
         lost = min(slave.lost, 10)      # rounds without the master's state: asked for less and less often
         pause = min(args.repeat * 2 ** lost, max(args.repeat, HEARTBEAT_SECS))
         time.sleep(pause * random.uniform(0.8, 1.2))
@@ -4606,14 +4672,15 @@ def argument(*names: str, **settings: Any) -> Argument:
     return Argument(names, settings)
 
 
-def amount(kind: Any) -> Callable:
-    """argparse type: a number that is not negative."""
+def amount(kind: Any, least: float = 0, most: int = 10 ** 9) -> Callable:
+    """argparse type: a number in these bounds, which no clock or memory overflows."""
     def decode(given: str) -> Any:
-        value = kind(given)
-        if not value >= 0:
-            raise ValueError(given)
-        return value
-    decode.__name__ = "number"      # for argparse's message
+        import argparse
+        with contextlib.suppress(ValueError):
+            value = kind(given)
+            if least <= value <= most:
+                return value
+        raise argparse.ArgumentTypeError(f"{given} is not a number from {least} to {most}")
     return decode
 
 
@@ -4630,8 +4697,8 @@ class Command(NamedTuple):
 
 LOCK_WAIT = argument("--lock-wait", type=amount(float), default=60, metavar="SECS",
                      help="how long to wait for another c2 on this host (default: 60)")
-WAIT = argument("--wait", type=float, metavar="SECS", help="wait until the machines of the fleet have "
-                "followed, at most so long; 1 with those that have not")
+WAIT = argument("--wait", type=amount(float), metavar="SECS", help="wait until the machines of the fleet "
+                "have followed, at most so long; 1 with those that have not")
 FORCE = argument("--force", action="store_true", help="connect even a deploy that does not answer")
 JSON = argument("--json", "--json-output", action="store_true", dest="json", help="print JSON")
 
@@ -4659,14 +4726,15 @@ COMMANDS = {
                             WAIT]),
     "status": Command(cmd_status, "show endpoints and deploys", "c2 status", [
         argument("--show-slaves", action="store_true", help="and what each machine of the fleet reports"),
-        argument("--watch", type=float, metavar="SECS", help="show it again and again (a fleet's)"), JSON]),
+        argument("--watch", type=amount(float, 0.1), metavar="SECS",
+                 help="show it again and again (a fleet's)"), JSON]),
     "wait": Command(cmd_wait, "wait until every machine of the fleet reports the master's state",
                     "c2 wait 300", [
-                        argument("secs", metavar="SECS", type=float, nargs="?", default=300,
+                        argument("secs", metavar="SECS", type=amount(float), nargs="?", default=300,
                                  help="at most (default: 300)")]),
     "slave-update": Command(cmd_slave_update, "make this machine match the master state",
                             "c2 slave-update --repeat 10", [
-                                argument("--repeat", type=float, metavar="SECS",
+                                argument("--repeat", type=amount(float, 0.1), metavar="SECS",
                                          help="for ever, looking every SECS seconds")]),
     "slave-flush": Command(cmd_slave_flush, "remove the records of slaves that are gone for 5 minutes",
                            "c2 slave-flush"),
