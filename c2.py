@@ -36,7 +36,7 @@ DRAINED_SECS = 0.2           # without a connection; a busy nginx has read the l
 OUTPUT_LINES = 20            # of a failed command, kept in the log and the message
 UPSTREAMS_MAX = 2000         # a wider port range goes without kept connections to the apps
 PEM_BYTES = 1 << 20
-RENEWAL_DAYS = 21            # certbot renews 30 days before the end; with fewer left something is wrong
+RENEWAL_DAYS = 21            # certbot renews one of 90 days with 30 left; with fewer something is wrong
 # Of a fleet. A slave writes its record every HEARTBEAT_SECS; one that has not for LIVE_SECS counts as gone.
 HEARTBEAT_SECS, LIVE_SECS, FLUSH_SECS = 60, 150, 300
 MASTER_TRIES = 30            # each is lost to another master's success
@@ -1580,8 +1580,8 @@ def check_generated(config: Config) -> None:
              "machines; end TLS at the load balancer, or give them an explicit certificate"),
             (not names, "no endpoint has the etype httpsWithRedirect: generated"),
             (odd, f"HTTP-01 can't prove {', '.join(odd)}; give such an endpoint an explicit certificate"),
-            (not config.auto_cert_contact_email, "autoCertContactEmail is not set; set it to an address that "
-             "is read, the certificate authority writes there")):
+            (not config.auto_cert_contact_email, "autoCertContactEmail is not set; it is the contact of "
+             "the account at the certificate authority")):
         if wrong:
             raise Refused(f"there is no certificate to generate: {reason}")
 
@@ -1598,14 +1598,15 @@ def certbot_args(config: Config, renew: bool = False) -> List[str]:
 
 
 def certbot_reason(output: str) -> str:
-    """Why certbot failed, in its own words: what it says of the challenges, else its error, on one line."""
+    """Why certbot failed, in its own words: what it says of the challenges, else its error, on one line; ""
+    for nothing."""
     refused = re.findall(r"^ *(?:Domain|Identifier): *(.+)\n *Type: *(.+)\n *Detail: *(.+)", output, re.M)
     if refused:
         return "; ".join(f"{name}: {kind}: {detail.strip()}" for name, kind, detail in refused)
     chatter = r" (Container|Image) |Saving debug log|Ask for help|- - -"
     said = output.rpartition("An unexpected error occurred:\n")[2].splitlines()
     lines = [line.strip() for line in said if line.strip() and not re.match(chatter, line)]
-    words = " ".join(dict.fromkeys(lines[-4:])) or "without a word"
+    words = " ".join(dict.fromkeys(lines[-4:]))
     return words if len(words) <= 500 else words[:250] + " ... " + words[-250:]
 
 
@@ -3301,7 +3302,7 @@ def status_certificates(config: Config) -> Dict[str, Any]:
         elif end_point.certificate and not config.remote:
             generated = end_point.certificate.name == "generated"
             command = "generate-ssl-certificate" if generated else "restart-frontend-proxy"
-            found[name] = f"no certificate yet; c2 {command} gets it"
+            found[name] = f"no certificate yet, so that it answers 503; c2 {command} gets it"
     return found
 
 
@@ -4457,10 +4458,9 @@ def connect(host: Host, args: Any, end_point: str, target: Callable[[State], Dep
                           deploy=deploy.label)
         return [Connect(end_point, deploy.label)]
     change(host, args, decide, lambda state: target(state).label, endpoint=end_point)
-    if config.end_points[end_point].certificate and not config.remote and (
-            end_point not in served_certificates(last_context(config))):
-        host.log.warn("certificate", f"{end_point} answers 503, since it has no certificate yet; c2 "
-                      "generate-ssl-certificate gets it", endpoint=end_point)
+    problem = status_certificates(config).get(end_point)
+    if isinstance(problem, str):
+        host.log.warn("certificate", f"{end_point}: {problem}", endpoint=end_point)
 
 
 def cmd_disconnect(host: Host, args: Any) -> None:

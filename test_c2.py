@@ -25,6 +25,7 @@ import signal
 import socket
 import socketserver
 import ssl
+import stat
 import string
 import subprocess
 import sys
@@ -4990,11 +4991,18 @@ Some challenges have failed."""
                 ("Account registered.\nRequesting a certificate for a.example.com\nAn unexpected error "
                  "occurred:\n" + limit, limit), (email, email),
                 ("An unexpected error occurred:\n" + down, down),
-                (busy, busy), ("", "without a word")):
+                (busy, busy), ("", "")):
             output = (" Image x Pulling \n Container x-certbot Created \nSaving debug log to /var/log/x\n"
                       + said + "\nAsk for help or search for solutions at https://x. See the logfile.\n")
             self.assertEqual(c2.certbot_reason(output), reason)
         self.assertLess(len(c2.certbot_reason("x " * 2000)), 520)
+        host = c2.Host(https_config("/x", acmeServer="https://ca.test/dir"), None)
+        for e in (c2.CommandFailed("docker run: has not ended after 600 s", 124),
+                  c2.CommandFailed("docker run: exit 1: without a word", 1)):
+            with mock.patch.object(c2, "compose", side_effect=e), mock.patch.object(c2, "run"), \
+                    self.assertRaisesRegex(c2.CommandFailed, "^certbot got no certificate from https://ca.test"
+                                           "/dir, and what is served stays as it is: %s$" % e):
+                c2.run_certbot(host)
 
 
 class CertificateRefusals(Sandbox):
@@ -5217,8 +5225,11 @@ class CertificateExample(unittest.TestCase):
         c2.check_generated(config)
         self.assertEqual(c2.generated_names(config), ["example.com", "www.example.com"])
         with open(os.path.join(directory, "c2-certificate.service")) as f:
-            command = re.search("(?m)^ExecStart=/opt/bin/c2 (.*)$", f.read()).group(1)
-        self.assertEqual(c2.parser().parse_args(command.split()).lock_wait, 600)
+            unit = dict(line.split("=", 1) for line in f if "=" in line and line[0] != "#")
+        command = unit["ExecStart"].split()
+        self.assertEqual(command[0], "/opt/bin/c2")
+        self.assertEqual(c2.parser().parse_args(command[1:]).lock_wait, 600)
+        self.assertIn(unit["OnFailure"].strip(), os.listdir(directory))
 
 
 @contextlib.contextmanager
@@ -5297,7 +5308,8 @@ class CertificatesServed(Sandbox):
         self.c2("start", label + ".zip")
 
     def ask(self, host, path="/", port=443, root=None):
-        """(status, body, Location) of a GET; over TLS the certificate is verified, against pebble's root."""
+        """(status, body, Location, HSTS) of a GET; over TLS the certificate is verified, against pebble's
+        root."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.load_verify_locations(root or os.environ["C2_TEST_ROOT"])
         connection = (http.client.HTTPSConnection(host, port, timeout=10, context=context) if port == 443 else
@@ -5305,7 +5317,8 @@ class CertificatesServed(Sandbox):
         with contextlib.closing(connection):
             connection.request("GET", path)
             answer = connection.getresponse()
-            return answer.status, answer.read().decode(), answer.getheader("Location")
+            return (answer.status, answer.read().decode(), answer.getheader("Location"),
+                    answer.getheader("Strict-Transport-Security"))
 
     def session(self, host, root=None):
         """Version, ALPN and certificate of a handshake."""
@@ -5359,6 +5372,32 @@ class CertificatesServed(Sandbox):
         self.assertEqual(bad, [], "of %d" % count[0])
         self.assertGreater(count[0], 5)
 
+    @contextlib.contextmanager
+    def prying(self):
+        """Somebody who looks all the time whether a key can be read."""
+        found, done, looks = set(), threading.Event(), [0]
+
+        def run():
+            while not done.wait(.001):
+                for top in ("opt/etc/letsencrypt", "deploys/frontend-proxy/certs"):
+                    for directory, _, files in os.walk(self.path(top)):
+                        for name in files:
+                            with contextlib.suppress(FileNotFoundError):
+                                info = os.lstat(os.path.join(directory, name))
+                                if re.search("priv|[.]key", name) and not stat.S_ISLNK(info.st_mode):
+                                    found.add((os.path.join(directory, name), info.st_mode & 0o077))
+                looks[0] += 1
+        thread = threading.Thread(target=run)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+        self.assertEqual([f for f in found if f[1]], [])
+        self.assertGreater(len(found), 3)       # certbot's, the account's, the copies
+        self.assertGreater(looks[0], 100)
+
     def keys_are_private(self):
         found = 0
         for top in (self.path("opt"), self.path("deploys")):
@@ -5380,7 +5419,8 @@ class CertificatesServed(Sandbox):
         self.assertNotIn("nonsense", self.read("log.json"))
         self.assertEqual(self.log()[-1]["event"], "failed")
         self.https(both)
-        ran = self.c2("generate-ssl-certificate")
+        with self.prying():
+            ran = self.c2("generate-ssl-certificate", umask=0)
         self.assertRegex(ran.err, "is new, and served; it is valid until 20")
         self.assertNotIn("someone", self.read("log.json"))
         first, proxy = self.session(hosts[0]), self.container()
@@ -5392,6 +5432,7 @@ class CertificatesServed(Sandbox):
         self.keys_are_private()
         self.assertEqual(self.ask(hosts[0])[0], 503)
         self.assertEqual(self.ask(hosts[0], "/x?y=1", 80)[::2], (301, "https://a.example.test/x?y=1"))
+        self.assertIsNone(self.ask(hosts[0])[3])
         self.assertEqual(self.ask(hosts[0], "/.well-known/acme-challenge/x", 80)[0], 404)
 
         self.switches(hosts[0])
@@ -5410,7 +5451,7 @@ class CertificatesServed(Sandbox):
         with self.load(host):
             for label in ("green", "blue", "green"):
                 self.c2("connect", "main", label)
-                self.assertEqual(self.ask(host)[1], label)
+                self.assertEqual(self.ask(host)[1::2], (label, None))
         self.assertEqual(self.ask(host, port=80)[0], 301)
 
     def renewals(self, hosts, proxy):
@@ -5422,7 +5463,10 @@ class CertificatesServed(Sandbox):
         shown = json.loads(self.c2("status", "--json").out)["certificates"]["shop"]
         self.assertEqual((sorted(shown["names"]), shown["daysLeft"]), (hosts, 89))
         self.make_due()
-        os.chmod(self.path("opt/etc/letsencrypt/archive/camus2cert/privkey1.pem"), 0o644)      # as camus2 did
+        with self.prying():
+            self.c2("generate-ssl-certificate", umask=0)
+        before = self.session(hosts[0])[2]
+        os.chmod(self.path("opt/etc/letsencrypt/archive/camus2cert/privkey2.pem"), 0o644)      # as camus2 did
         with self.load(hosts[0]):
             one = self.start_c2("generate-ssl-certificate")
             wait_for(lambda: '"pid": %d,' % one.pid in self.read("deploys/frontend-proxy/lock"))
@@ -5454,7 +5498,8 @@ class CertificatesServed(Sandbox):
         self.https(dict(both, extra=(["bad.example.test"], self.GENERATED)))
         fails("certbot got no certificate, .*: bad.example.test: connection: .*unreachable")
         self.assertEqual(c2.http_get(80, "/", "bad.example.test")[0], 503)
-        self.assertIn("extra: no certificate yet; c2 generate-ssl-certificate gets it", self.c2("status").out)
+        self.assertIn("extra: no certificate yet, so that it answers 503; c2 generate-ssl-certificate gets",
+                      self.c2("status").out)
         with limiting_authority() as url:
             for path, words in (
                     ("/dir", "from https://localhost:[0-9]+/dir, and what is served stays as it is: too many "
@@ -5502,6 +5547,7 @@ class CertificatesServed(Sandbox):
     listen 443 ssl; server_name {{serverNames}};
     ssl_certificate {{{sslCertPath}}};
     ssl_certificate_key {{{sslCertKeyPath}}};
+    add_header Strict-Transport-Security "max-age=600" always;
     return 200 "by our own template";
   }
 {{/sslCertPath}}
@@ -5511,7 +5557,7 @@ class CertificatesServed(Sandbox):
         self.https({"main": (hosts, self.GENERATED)}, path)
         self.make_due()
         self.assertIn("is new", self.c2("generate-ssl-certificate").err)
-        self.assertEqual(self.ask(hosts[0])[1], "by our own template")
+        self.assertEqual(self.ask(hosts[0])[1::2], ("by our own template", "max-age=600"))
         self.write("own.tpl", template.replace("listen 443 ssl", "listen 8443 ssl"))
         ran = self.c2("generate-ssl-certificate", code=1)
         self.assertRegex(ran.err, "error: port 443 does not present that certificate .*; look at .*own.tpl")
@@ -5598,7 +5644,7 @@ class CertificatesServed(Sandbox):
         for end_point in ("shop", "plain"):
             self.c2("connect", end_point, "blue")
         ran = self.c2("connect", "main", "blue")
-        self.assertIn("main answers 503, since it has no certificate yet; c2 generate-ssl", ran.err)
+        self.assertIn("main: no certificate yet, so that it answers 503; c2 generate-ssl", ran.err)
         proxy = self.container()
         self.write("www/.well-known/acme-challenge/token", "proof")
 
