@@ -3552,6 +3552,9 @@ def carry_out(host: Host, actions: list, state: State) -> State:
             execute(host, journal, action, state)
         except BaseException as e:
             with uninterruptible():
+                if isinstance(e, Interrupted) and journal.record.get("step") in ("remove", "done"):
+                    settle(host, journal, state)        # it came too late
+                    raise
                 reason = str(e) if isinstance(e, (C2Error, OSError)) else "interrupted"
                 host.log.event("error", "failed", f"{told['done']} failed: {reason}",
                                exit=getattr(e, "exit", None), output=getattr(e, "output", ""),

@@ -140,6 +140,12 @@ class Sandbox(unittest.TestCase):
                                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                 **options)
 
+    def tune(self, code):
+        """Change the sandbox's copy of c2 by code that is run before its main."""
+        main = 'if __name__ == "__main__":'
+        text = self.read("bin", "c2")
+        self.write("bin/c2", text.replace(main, code + "\n\n" + main), 0o755)
+
     def finish(self, process, timeout=120):
         out, err = process.communicate(timeout=timeout)
         return Ran(process.returncode, out.decode("utf-8"), err.decode("utf-8"))
@@ -3842,13 +3848,14 @@ elif args[0] == "top":
 class Link(threading.Thread):
     """A way from a slave's network to the test bed's S3, which can be cut."""
 
-    def __init__(self, address):
+    def __init__(self, address, port=5002, hook=lambda data: None):
         threading.Thread.__init__(self, daemon=True)
         self.listener = socket.socket()
         self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.listener.bind((address, 5002))
+        self.listener.bind((address, port))
         self.listener.listen(50)
-        self.cut = False
+        self.url = "http://%s:%d" % self.listener.getsockname()
+        self.cut, self.hook = False, hook
         self.start()
 
     def run(self):
@@ -3869,6 +3876,8 @@ class Link(threading.Thread):
                     data = a.recv(65536)
                     if not data:
                         return
+                    if a is far:
+                        self.hook(data)
                     (far if a is near else near).sendall(data)
 
 
@@ -4255,6 +4264,8 @@ class Fleet(FleetCase):
         self.c2("wait", "90")
         self.assertEqual({(200, "a.zip"), (200, "b.zip")}, set(visitor.finish()))
         slave.end(process)
+        for words in ("nothing is changed here", "record can't be written"):
+            self.assertLessEqual(len([e for e in slave.log() if words in e["message"]]), 2, words)
         slave.configure(**self.keys("x", slaveInterfaceName="nowhere0", endPoints={
             "main": {"serverNames": ["main.test", "new.test"], "etype": "httpOnly"}}))
         slave.update()
@@ -4287,22 +4298,17 @@ class Fleet(FleetCase):
         self.assertEqual(["frontend-proxy"], [n for n in os.listdir(slave.path("deploys")) if n[0] != "."])
         self.assertFalse(os.path.exists(slave.path("deploys", "frontend-proxy", "journal.json")))
 
-    def test_killed_in_each_step(self):
+    def test_killed_or_ended_in_each_step(self):
         slave = self.slave("x")
         self.app("a.zip", prestartCommand="true")
         self.app("b.zip", prestartCommand="true")
-        killer = slave.write("killer.py", '''
-import os, signal, sys
-sys.path.insert(0, %r)
-import c2
-kind, step, keep = sys.argv[1], sys.argv[2], c2.Journal.step
-def die(self, name, **facts):
+        slave.tune('''
+keep = Journal.step
+def strike(self, name, **facts):
     keep(self, name, **facts)
-    if (type(self.action).__name__, name) == (kind, step):
-        os.kill(os.getpid(), signal.SIGKILL)
-c2.Journal.step = die
-c2.main(["--config", %r, "slave-update"])
-''' % (HERE, slave.path("etc", "camus2.json")))
+    if os.environ.get("AT") == type(self.action).__name__ + " " + name:
+        os.kill(os.getpid(), int(os.environ["SIGNAL"]))
+Journal.step = strike''')
         runs, other = "b", "a"
 
         def switch():
@@ -4313,22 +4319,160 @@ c2.main(["--config", %r, "slave-update"])
         slave.update()
         runs, other = other, runs
         visitor = Visitor(slave.address, "main")
-        for kind, steps in (("Create", ("prepare", "swap", "start", "done")),
-                            ("Connect", ("switch",)), ("Destroy", ("drain", "stop", "remove"))):
-            for step in steps:
-                with self.subTest(kind=kind, step=step):
-                    switch()
-                    died = subprocess.call(
-                        ["nsenter", slave.net, sys.executable, killer, kind, step], env=slave.env,
-                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-                    self.assertEqual(-signal.SIGKILL, died)
-                    self.assertIn(slave.ask()[0], (200,))
-                    self.assertIn("was killed", slave.update().err)
-                    self.assertEqual({"main": other}, slave.deploys()[1])
-                    self.assertEqual([other], list(slave.deploys()[0]))
-                    self.assertEqual((200, other + ".zip"), slave.ask())
-                    runs, other = other, runs
+        steps = ("Create prepare", "Create swap", "Create start", "Create done", "Connect switch",
+                 "Destroy drain", "Destroy stop", "Destroy remove")
+        for signum, at in itertools.product((signal.SIGKILL, signal.SIGTERM), steps):
+            with self.subTest(signal=signum, at=at):
+                switch()
+                struck = self.finish(slave.start_c2("slave-update", "--repeat", "1",
+                                                    env={"AT": at, "SIGNAL": str(int(signum))}))
+                self.assertEqual(-9 if signum == signal.SIGKILL else 143, struck.code, struck)
+                self.assertEqual(200, slave.ask()[0])
+                if signum == signal.SIGTERM:
+                    self.assertEqual(1, struck.err.count("interrupted by SIGTERM"), struck)
+                    self.assertNotIn("journal.json", os.listdir(slave.path("deploys", "frontend-proxy")))
+                    self.assertEqual({"frontend-proxy"}.union(slave.deploys()[0]),
+                                     {n for n in os.listdir(slave.path("deploys")) if n[0] != "."})
+                self.assertEqual(signum == signal.SIGKILL, "was killed" in slave.update().err)
+                self.assertEqual({"main": other}, slave.deploys()[1])
+                self.assertEqual([other], list(slave.deploys()[0]))
+                self.assertEqual((200, other + ".zip"), slave.ask())
+                runs, other = other, runs
         self.assertEqual({200}, {code for code, _ in visitor.finish()})
+
+    def test_a_command_that_does_not_end(self):
+        slave = self.slave("x")
+        slave.tune("SLAVE_TIMEOUT_SECS = 1")
+        self.app("a.zip", startCommand="echo $$ > ../../pid; sleep 100")
+        self.c2("start", "a.zip")
+        slave.update(code=1)
+        self.assertIn("a: the start command has not ended after 1 s (commandTimeoutSecs)", self.error("x"))
+        self.assertFalse(os.path.isdir("/proc/" + slave.read("pid").strip()))
+        slave.configure(**dict(self.keys("x", slaveInterfaceName="c2ex"), commandTimeoutSecs=2))
+        self.assertIn("has not ended after 2 s", slave.update(code=1).err)
+
+    def test_a_stop_that_fails_is_forced_in_the_end(self):
+        slave = self.slave("x")
+        slave.tune("RETRY_SECS = .1")
+        self.app("a.zip", stopCommand="echo once >> ../../stops; kill $(cat pid); echo stuck; exit 7")
+        self.c2("start", "a.zip")
+        slave.update()
+        self.c2("stop", "a")
+        slave.update(code=1)
+        self.assertIn("a: the stop command", self.error("x"))
+        self.assertEqual({"a": 8000}, slave.deploys()[0])
+        process = slave.repeat(.2)
+        self.c2("wait", "60")
+        slave.end(process)
+        self.assertEqual(({}, {}), slave.deploys())
+        self.assertEqual("ok", self.report("x")["status"])
+        self.assertEqual(5, slave.read("stops").count("once"), "one by hand, three, and the forced one")
+        self.assertEqual(1, len([e for e in slave.log() if "removing it all the same" in e["message"]]))
+
+    def put_record(self, name, state=None):
+        self.put(json.dumps({"status": "ok", "state": state or self.master_state()}), "slaves", name,
+                 "state.json")
+
+    def test_a_record_that_vanishes_while_it_is_read(self):
+        self.app("a.zip")
+        self.c2("start", "a.zip")
+        for name in ("gone", "here"):
+            self.put_record(name)
+        vanished = []
+
+        def vanish(data):
+            if b"<ListBucketResult" in data and b"slaves/gone/" in data:
+                vanished.append(self.remove("slaves", "gone", "state.json"))
+        link = Link("127.0.0.1", 0, vanish)
+        self.addCleanup(link.listener.close)
+        ran = self.c2("status", "--show-slaves", env={"AWS_ENDPOINT_URL": link.url})
+        self.assertEqual(1, len(vanished))
+        self.assertIn("Slaves (1):\n  here: ok", ran.out)
+
+    def test_watch_on_a_terminal(self):
+        import pty
+        self.app("a.zip")
+        self.c2("start", "a.zip")
+        self.put_record("here")
+        self.put(json.dumps({"status": {"error": "\x1b[2J\nred"}, "state": {}}), "slaves", "evil",
+                 "state.json")
+        link = Link("127.0.0.1", 0)
+        self.addCleanup(link.listener.close)
+        terminal, its = pty.openpty()
+        self.addCleanup(os.close, terminal)
+        watching = subprocess.Popen(
+            [sys.executable, self.path("bin", "c2"), "status", "--show-slaves", "--watch", "0.2"], stdout=its,
+            stderr=subprocess.PIPE, env=dict(self.env, AWS_ENDPOINT_URL=link.url, AWS_MAX_ATTEMPTS="1"))
+        self.addCleanup(watching.kill)
+        os.close(its)
+        shown = [""]
+
+        def screen(text):
+            def there():
+                if select.select([terminal], [], [], 0)[0]:
+                    shown[0] += os.read(terminal, 65536).decode("utf-8", "replace")
+                return text in shown[0].rpartition("\x1b[H\x1b[J")[2]
+            wait_for(there, 60, text)
+        screen("Slaves (2):")
+        screen("evil: FAILING: \\x1b[2J red")
+        self.put_record("third")
+        screen("Slaves (3):")
+        link.cut = True
+        screen("aws s3 sync")
+        link.cut = False
+        screen("Slaves (3):")
+        self.assertGreaterEqual(shown[0].count("\x1b[H\x1b[J"), 4)
+        watching.send_signal(signal.SIGINT)
+        said = watching.communicate(timeout=60)[1]
+        self.assertEqual((130, b"c2: interrupted by SIGINT\n"), (watching.returncode, said))
+        plain = self.start_c2("status", "--watch", "0.1")
+        line = plain.stdout.readline()
+        plain.terminate()
+        self.assertEqual((b"Endpoints:\n", 143), (line, self.finish(plain).code))
+
+    def test_what_wait_tells_a_ci_job(self):
+        self.tune("LIVE_SECS = 8\nWAIT_POLL_SECS = .2")
+        self.app("a.zip")
+        self.c2("start", "a.zip")
+        self.assertRegex(self.c2("wait", "0.5", code=1).err,
+                         "error: after 0.5 s no slave has reported to s3://.*/slaves/ within 8 s$")
+        nothing = {"deploys": {}, "connections": {}}
+        self.put_record("x", nothing)
+        self.assertRegex(self.c2("wait", "2", code=1).err, "after 2 s 1 of 1 slaves are not there yet; "
+                         "x: BEHIND: lacks a$")
+        self.put_record("x", nothing)
+        link = Link("127.0.0.1", 0)
+        self.addCleanup(link.listener.close)
+        waiting = self.start_c2("wait", "60", env={"AWS_ENDPOINT_URL": link.url, "AWS_MAX_ATTEMPTS": "1"})
+        said = []
+
+        def heard(words):
+            def there():
+                if select.select([waiting.stderr], [], [], 0)[0]:
+                    said.append(os.read(waiting.stderr.fileno(), 65536).decode())
+                self.put_record("x", nothing)
+                return words in "".join(said)
+            wait_for(there, 60, words)
+        heard("1 of 1 slaves are not there yet")
+        link.cut = True
+        heard("the fleet's state can't be read")
+        link.cut = False
+        self.put_record("joined", nothing)
+        heard("2 of 2 slaves are not there yet")
+        beat = threading.Event()
+        self.addCleanup(beat.set)
+
+        def go_on():        # joined gets there; x is not heard of again
+            while not beat.wait(.5):
+                self.put_record("joined")
+        thread = threading.Thread(target=go_on, daemon=True)
+        thread.start()
+        ran = self.finish(waiting)
+        beat.set()
+        thread.join()
+        self.assertEqual((0, 1), (ran.code, ran.err.count("all 1 slaves report the master's state")), ran)
+        ran = self.c2("connect", "main", "a", "--wait", "0", code=1)
+        self.assertIn("joined: BEHIND: main is on nothing", ran.err)
 
     def test_masters_at_once(self):
         self.configure(**self.keys("master", dynamicPortRange=[8000, 8100]))
@@ -4422,15 +4566,13 @@ c2.main(["--config", %r, "slave-update"])
             self.assertRaises(urllib.error.HTTPError, self.report, name)
 
     def test_the_instance_id_is_the_label(self):
-        slave = self.slave("x")
         keys = self.keys("x")
         keys["deployMode"]["proxy"]["slaveLabel"] = "ec2InstanceId"
-        self.write("etc/camus2.json", dict(keys, deploysDir="../deploys", logFile="../log.json"))
+        self.configure(**keys)
         self.c2("slave-update")
         self.assertEqual("127.0.0.1", self.report("i-0123456789abcdef0")["ipAddress"])
         ran = self.c2("slave-update", code=1, env={"AWS_EC2_METADATA_SERVICE_ENDPOINT": "http://127.0.0.1:9"})
-        self.assertRegex(ran.err, "no EC2 instance.*slaveLabel")
-        del slave
+        self.assertRegex(ran.err, "error: this seems to be no EC2 instance.*slaveLabel.*NAME")
 
 
 class FleetWords(unittest.TestCase):
