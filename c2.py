@@ -4359,8 +4359,59 @@ def require_port(action: Any) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Commands: each takes the host and the parsed arguments
+# Commands: each takes the host, or None where it needs none, and the parsed arguments
 # ----------------------------------------------------------------------------------------------------------
+
+class Command(NamedTuple):
+    """A command: its function, what it does in one line, an example, and its arguments, for argparse."""
+
+    function: Callable
+    summary: str
+    example: str
+    arguments: tuple
+    host: bool
+
+
+COMMANDS = {}       # type: Dict[str, Command]
+
+
+def command(summary: str, example: str, *arguments: tuple, host: bool = True) -> Callable:
+    """Make a command of the function cmd_NAME; host: whether it needs a configuration."""
+    def register(function: Callable) -> Callable:
+        name = function.__name__[len("cmd_"):].replace("_", "-")
+        COMMANDS[name] = Command(function, summary, example, arguments, host)
+        return function
+    return register
+
+
+def argument(*names: str, **settings: Any) -> tuple:
+    return names, settings
+
+
+def amount(kind: Any, least: float = 0, most: int = 10 ** 9) -> Callable:
+    """argparse type: a number in these bounds, which no clock or memory overflows."""
+    def decode(given: str) -> Any:
+        import argparse
+        with contextlib.suppress(ValueError):
+            value = kind(given)
+            if least <= value <= most:
+                return value
+        raise argparse.ArgumentTypeError(f"{given} is not a number from {least} to {most}")
+    return decode
+
+
+RELEASE = argument("release", metavar="RELEASE", help="its name in the store")
+DEPLOY = argument("deploy", metavar="DEPLOY", help="its label, or its release")
+ONLY_END_POINT = argument("end_point", metavar="ENDPOINT", nargs="?",
+                          help="may be left out when there is only one")
+FORCE = argument("--force", action="store_true", help="connect even a deploy that does not answer")
+LOCK_WAIT = argument("--lock-wait", type=amount(float), default=60, metavar="SECS",
+                     help="how long to wait for another c2 on this host (default: 60)")
+WAIT = argument("--wait", type=amount(float), metavar="SECS",
+                help="wait until the machines of the fleet have followed, at most so long; 1 with those that "
+                "have not")
+JSON = argument("--json", "--json-output", action="store_true", dest="json", help="print JSON")
+
 
 def require_proxy(config: Config, what: str) -> ProxyMode:
     if not config.proxy:
@@ -4385,6 +4436,9 @@ def change(host: Host, args: Any, decide: Callable[[State], list],
         carry_out(host, decide(state), state)
 
 
+@command("deploy a release", "c2 start web-1.4.zip", RELEASE,
+         argument("deploy", metavar="DEPLOY", nargs="?",
+                  help="label of the deploy (default: RELEASE less its extension)"), LOCK_WAIT, WAIT)
 def cmd_start(host: Host, args: Any) -> None:
     name = stem(args.release) if args.deploy is None else args.deploy
     start_release(host, args, args.release, name)
@@ -4412,6 +4466,8 @@ def start_release(host: Host, args: Any, release: str, name: str) -> None:
     change(host, args, decide, lambda state: name, verb="start", deploy=name, release=release)
 
 
+@command("stop and remove a deploy; refused while an endpoint is connected to it", "c2 stop web-1.3", DEPLOY,
+         argument("--force", action="store_true", help="even if its stop command fails"), LOCK_WAIT, WAIT)
 def cmd_stop(host: Host, args: Any) -> None:
     """Stop a deploy; a start of it that is under way is cancelled instead."""
     config, begun = host.config, {}
@@ -4440,6 +4496,8 @@ def cmd_stop(host: Host, args: Any) -> None:
         carry_out(host, actions, state)
 
 
+@command("point an endpoint at a running deploy", "c2 connect main web-1.4",
+         ONLY_END_POINT, DEPLOY, FORCE, LOCK_WAIT, WAIT)
 def cmd_connect(host: Host, args: Any) -> None:
     require_proxy(host.config, "connect")
     end_point = find_end_point(host.config, args.end_point)
@@ -4466,6 +4524,8 @@ def connect(host: Host, args: Any, end_point: str, target: Callable[[State], Dep
         host.log.warn("certificate", f"{end_point}: {problem}", endpoint=end_point)
 
 
+@command("take an endpoint off: it answers 503", "c2 disconnect main",
+         argument("end_point", metavar="ENDPOINT"), LOCK_WAIT, WAIT)
 def cmd_disconnect(host: Host, args: Any) -> None:
     require_proxy(host.config, "disconnect")
     end_point = args.end_point
@@ -4477,6 +4537,8 @@ def cmd_disconnect(host: Host, args: Any) -> None:
     change(host, args, decide, endpoint=end_point)
 
 
+@command("connect the endpoint to the deploy before; without the proxy: start the release before",
+         "c2 rollback main", ONLY_END_POINT, FORCE, LOCK_WAIT, WAIT)
 def cmd_rollback(host: Host, args: Any) -> None:
     config = host.config
     if not config.proxy:
@@ -4489,6 +4551,10 @@ def cmd_rollback(host: Host, args: Any) -> None:
     connect(host, args, end_point, lambda state: rollback_target(state, end_point))
 
 
+@command("show endpoints and deploys", "c2 status",
+         argument("--show-slaves", action="store_true", help="and what each machine of the fleet reports"),
+         argument("--watch", type=amount(float, 0.1), metavar="SECS",
+                  help="show it again and again (a fleet's)"), JSON)
 def cmd_status(host: Host, args: Any) -> None:
     """Print the state, of the master and its slaves where there is one; what is under way is only said."""
     config = host.config
@@ -4520,11 +4586,17 @@ def report_unfinished(config: Config) -> None:
         say(f"warning: {name[:-len('.json')]} is blocked: a recovery failed; see c2 show-log")
 
 
+@command("wait until every machine of the fleet reports the master's state", "c2 wait 300",
+         argument("secs", metavar="SECS", type=amount(float), nargs="?", default=300,
+                  help="at most (default: 300)"))
 def cmd_wait(host: Host, args: Any) -> None:
     require_remote(host.config, "wait")
     await_fleet(host, args.secs)
 
 
+@command("make this machine match the master state", "c2 slave-update --repeat 10",
+         argument("--repeat", type=amount(float, 0.1), metavar="SECS",
+                  help="for ever, looking every SECS seconds"))
 def cmd_slave_update(host: Host, args: Any) -> None:
     """Make this machine match the master state; with --repeat for ever, whatever goes wrong."""
     import random
@@ -4541,6 +4613,7 @@ def cmd_slave_update(host: Host, args: Any) -> None:
     host.log.info("slave", f"{slave.label} is what {master_url(host.config)} says")
 
 
+@command("remove the records of slaves that are gone for 5 minutes", "c2 slave-flush")
 def cmd_slave_flush(host: Host, args: Any) -> None:
     import tempfile
     config = host.config
@@ -4562,12 +4635,17 @@ def cmd_slave_flush(host: Host, args: Any) -> None:
                   + "".join(f"\n  {name}" for name in stale))
 
 
+@command("list the releases in the store, newest first", "c2 list-releases", JSON)
 def cmd_list_releases(host: Host, args: Any) -> None:
     names = release_store(host.config).names()
     listed = "".join(name + "\n" for name in names)
     emit(json.dumps(names, indent=2, ensure_ascii=False) + "\n" if args.json else listed)
 
 
+@command("show what c2 has done", "c2 show-log -n 20 --follow",
+         argument("-n", type=amount(int), dest="number", metavar="N", help="only the last N entries"),
+         argument("--follow", action="store_true", help="go on with new entries"),
+         argument("--json", action="store_true", help="print the entries as they are stored"))
 def cmd_show_log(host: Host, args: Any) -> None:
     """Print the log, as it is stored or a line for each event with the output of failed commands below."""
     from collections import deque
@@ -4592,10 +4670,14 @@ def cmd_show_log(host: Host, args: Any) -> None:
         say(f"there is no log yet at {path}")
 
 
+@command("download the config sources into the context cache", "c2 fetch-context --retry",
+         argument("--retry", action="store_true", help="wait until they all exist"))
 def cmd_fetch_context(host: Host, args: Any) -> None:
     fetch_context(host, args.retry)
 
 
+@command("download, unpack and expand a release, and run nothing", "c2 unpack web-1.4.zip /tmp/look",
+         RELEASE, argument("dir", metavar="DIR", help="a new directory"))
 def cmd_unpack(host: Host, args: Any) -> None:
     directory = os.path.abspath(args.dir)
     if list_dir(directory):
@@ -4612,14 +4694,19 @@ def cmd_unpack(host: Host, args: Any) -> None:
     host.log.info("unpack", f"unpacked {args.release} into {directory}", release=args.release)
 
 
+@command("expand one template with the context", "c2 expand-template app.conf.tpl app.conf",
+         argument("template", metavar="TEMPLATE"), argument("out", metavar="OUT"))
 def cmd_expand_template(host: Host, args: Any) -> None:
     expand_file(args.template, args.out, load_context(host), lambda m: say(f"warning: {m}"), args.template)
 
 
+@command("print the built-in nginx template", "c2 show-default-nginx-config > nginx.conf.tpl",
+         host=False)
 def cmd_show_default_nginx_config(host: None, args: Any) -> None:
     emit(NGINX_TEMPLATE)
 
 
+@command("bring the proxy up with what the state says", "c2 restart-frontend-proxy", LOCK_WAIT)
 def cmd_restart_frontend_proxy(host: Host, args: Any) -> None:
     require_proxy(host.config, "restart-frontend-proxy")
     with changing(host, args.lock_wait, verb="restart-frontend-proxy"):
@@ -4628,6 +4715,7 @@ def cmd_restart_frontend_proxy(host: Host, args: Any) -> None:
         host.log.info("proxy", "the proxy runs and serves the state")
 
 
+@command("take the proxy down", "c2 shutdown-frontend-proxy", LOCK_WAIT)
 def cmd_shutdown_frontend_proxy(host: Host, args: Any) -> None:
     require_proxy(host.config, "shutdown-frontend-proxy")
     with changing(host, args.lock_wait, verb="shutdown-frontend-proxy"):
@@ -4637,13 +4725,18 @@ def cmd_shutdown_frontend_proxy(host: Host, args: Any) -> None:
         host.log.info("proxy", "the proxy is down; c2 connect or c2 restart-frontend-proxy bring it up again")
 
 
+@command("obtain the certificate of the https endpoints, or renew it when due, and serve it",
+         "c2 generate-ssl-certificate", LOCK_WAIT)
 def cmd_generate_ssl_certificate(host: Host, args: Any) -> None:
     check_generated(host.config)
     with changing(host, args.lock_wait, verb="generate-ssl-certificate"):
         generate_certificate(host, load_state(host.config))
 
 
-def cmd_aws_docker_login(host: Host, args: Any) -> None:
+@command("print a docker login command line for ECR", 'eval "$(c2 aws-docker-login-cmd)"',
+         argument("registry_id", metavar="REGISTRY_ID", nargs="?",
+                  help="an AWS account (default: your own)"), host=False)
+def cmd_aws_docker_login_cmd(host: Host, args: Any) -> None:
     import base64
     ids = ["--registry-ids", args.registry_id] if args.registry_id else []
     data = json.loads(aws("ecr", "get-authorization-token", *ids, "--output", "json"))["authorizationData"]
@@ -4652,10 +4745,12 @@ def cmd_aws_docker_login(host: Host, args: Any) -> None:
     emit(show_args(["docker", "login", "-u", user, "-p", password, registry]) + "\n")
 
 
+@command("print the manual", "c2 help", host=False)
 def cmd_help(host: None, args: Any) -> None:
     emit(manual())
 
 
+@command("print the version", "c2 version", host=False)
 def cmd_version(host: None, args: Any) -> None:
     emit(VERSION + "\n")
 
@@ -4664,123 +4759,11 @@ def cmd_version(host: None, args: Any) -> None:
 # The command line
 # ----------------------------------------------------------------------------------------------------------
 
-class Argument(NamedTuple):
-    """An argument of a command: its spellings and argparse's settings."""
-
-    names: tuple
-    settings: dict
-
-
-def argument(*names: str, **settings: Any) -> Argument:
-    return Argument(names, settings)
-
-
-def amount(kind: Any, least: float = 0, most: int = 10 ** 9) -> Callable:
-    """argparse type: a number in these bounds, which no clock or memory overflows."""
-    def decode(given: str) -> Any:
-        import argparse
-        with contextlib.suppress(ValueError):
-            value = kind(given)
-            if least <= value <= most:
-                return value
-        raise argparse.ArgumentTypeError(f"{given} is not a number from {least} to {most}")
-    return decode
-
-
-class Command(NamedTuple):
-    """A command: its function, what it does in one line, an example, its arguments; `host`: whether it needs
-    one."""
-
-    function: Callable
-    summary: str
-    example: str
-    arguments: list = []
-    host: bool = True
-
-
-LOCK_WAIT = argument("--lock-wait", type=amount(float), default=60, metavar="SECS",
-                     help="how long to wait for another c2 on this host (default: 60)")
-WAIT = argument("--wait", type=amount(float), metavar="SECS", help="wait until the machines of the fleet "
-                "have followed, at most so long; 1 with those that have not")
-FORCE = argument("--force", action="store_true", help="connect even a deploy that does not answer")
-JSON = argument("--json", "--json-output", action="store_true", dest="json", help="print JSON")
-
-COMMANDS = {
-    "start": Command(cmd_start, "deploy a release", "c2 start web-1.4.zip", [
-        argument("release", metavar="RELEASE", help="its name in the store"),
-        argument("deploy", metavar="DEPLOY", nargs="?",
-                 help="label of the deploy (default: RELEASE less its extension)"),
-        LOCK_WAIT, WAIT]),
-    "stop": Command(cmd_stop, "stop and remove a deploy; refused while an endpoint is connected to it",
-                    "c2 stop web-1.3", [
-                        argument("deploy", metavar="DEPLOY", help="its label, or its release"),
-                        argument("--force", action="store_true", help="even if its stop command fails"),
-                        LOCK_WAIT, WAIT]),
-    "connect": Command(cmd_connect, "point an endpoint at a running deploy", "c2 connect main web-1.4", [
-        argument("end_point", metavar="ENDPOINT", nargs="?", help="may be left out when there is only one"),
-        argument("deploy", metavar="DEPLOY", help="its label, or its release"), FORCE, LOCK_WAIT,
-        WAIT]),
-    "disconnect": Command(cmd_disconnect, "take an endpoint off: it answers 503", "c2 disconnect main", [
-        argument("end_point", metavar="ENDPOINT"), LOCK_WAIT, WAIT]),
-    "rollback": Command(cmd_rollback, "connect the endpoint to the deploy before; without the proxy: start "
-                        "the release before", "c2 rollback main", [
-                            argument("end_point", metavar="ENDPOINT", nargs="?",
-                                     help="may be left out when there is only one"), FORCE, LOCK_WAIT,
-                            WAIT]),
-    "status": Command(cmd_status, "show endpoints and deploys", "c2 status", [
-        argument("--show-slaves", action="store_true", help="and what each machine of the fleet reports"),
-        argument("--watch", type=amount(float, 0.1), metavar="SECS",
-                 help="show it again and again (a fleet's)"), JSON]),
-    "wait": Command(cmd_wait, "wait until every machine of the fleet reports the master's state",
-                    "c2 wait 300", [
-                        argument("secs", metavar="SECS", type=amount(float), nargs="?", default=300,
-                                 help="at most (default: 300)")]),
-    "slave-update": Command(cmd_slave_update, "make this machine match the master state",
-                            "c2 slave-update --repeat 10", [
-                                argument("--repeat", type=amount(float, 0.1), metavar="SECS",
-                                         help="for ever, looking every SECS seconds")]),
-    "slave-flush": Command(cmd_slave_flush, "remove the records of slaves that are gone for 5 minutes",
-                           "c2 slave-flush"),
-    "list-releases": Command(cmd_list_releases, "list the releases in the store, newest first",
-                             "c2 list-releases", [JSON]),
-    "show-log": Command(cmd_show_log, "show what c2 has done", "c2 show-log -n 20 --follow", [
-        argument("-n", type=amount(int), dest="number", metavar="N", help="only the last N entries"),
-        argument("--follow", action="store_true", help="go on with new entries"),
-        argument("--json", action="store_true", help="print the entries as they are stored")]),
-    "fetch-context": Command(cmd_fetch_context, "download the config sources into the context cache",
-                             "c2 fetch-context --retry", [
-                                 argument("--retry", action="store_true", help="wait until they all exist")]),
-    "unpack": Command(cmd_unpack, "download, unpack and expand a release, and run nothing",
-                      "c2 unpack web-1.4.zip /tmp/look", [
-                          argument("release", metavar="RELEASE"),
-                          argument("dir", metavar="DIR", help="a new directory")]),
-    "expand-template": Command(cmd_expand_template, "expand one template with the context",
-                               "c2 expand-template app.conf.tpl app.conf", [
-                                   argument("template", metavar="TEMPLATE"), argument("out", metavar="OUT")]),
-    "show-default-nginx-config": Command(cmd_show_default_nginx_config, "print the built-in nginx template",
-                                         "c2 show-default-nginx-config > nginx.conf.tpl", host=False),
-    "restart-frontend-proxy": Command(cmd_restart_frontend_proxy, "bring the proxy up with what the state "
-                                      "says", "c2 restart-frontend-proxy",
-                                      [LOCK_WAIT]),
-    "shutdown-frontend-proxy": Command(cmd_shutdown_frontend_proxy, "take the proxy down",
-                                       "c2 shutdown-frontend-proxy", [LOCK_WAIT]),
-    "generate-ssl-certificate": Command(cmd_generate_ssl_certificate, "obtain the certificate of the https "
-                                        "endpoints, or renew it when due, and serve it",
-                                        "c2 generate-ssl-certificate", [LOCK_WAIT]),
-    "aws-docker-login-cmd": Command(cmd_aws_docker_login, "print a docker login command line for ECR",
-                                    'eval "$(c2 aws-docker-login-cmd)"', [
-                                        argument("registry_id", metavar="REGISTRY_ID", nargs="?",
-                                                 help="an AWS account (default: your own)")], host=False),
-    "help": Command(cmd_help, "print the manual", "c2 help", host=False),
-    "version": Command(cmd_version, "print the version", "c2 version", host=False),
-}
-
-
 def manual() -> str:
     """The page that one would print."""
     lines = ["c2 deploys versioned releases on plain hosts.", "", "Commands:"]
     for name, command in COMMANDS.items():
-        given = [a.settings for a in command.arguments if a.names[0][0] != "-"]
+        given = [settings for names, settings in command.arguments if names[0][0] != "-"]
         shown = [f"[{s['metavar']}]" if s.get("nargs") else s["metavar"] for s in given]
         lines += [f"  {' '.join([name, *shown])}", f"      {command.summary}"]
     return "\n".join(lines) + MANUAL
@@ -4835,6 +4818,8 @@ def parser() -> Any:
             found = re.search(r"invalid choice: '([^']*)'", message)
             if found:
                 message = f"there is no command {found.group(1)}{nearest(found.group(1), list(COMMANDS))}"
+            elif message.startswith("unrecognized"):    # as of `connect main --force web`
+                message += " (options stand before or after the names, not between them)"
             self.exit(2, f"c2: {message}; see {self.prog} --help\n")
 
     common = argparse.ArgumentParser(add_help=False)

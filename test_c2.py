@@ -2871,9 +2871,8 @@ class CommandLine(Sandbox):
                 self.assertIn(name, command.example)
                 self.assertIn("--config PATH", ran.out)
                 self.assertIn("  %s" % name, page)
-                for argument in command.arguments:
-                    self.assertIn(argument.names[0] if argument.names[0][0] == "-" else
-                                  argument.settings["metavar"], ran.out)
+                for names, settings in command.arguments:
+                    self.assertIn(names[0] if names[0][0] == "-" else settings["metavar"], ran.out)
         self.assertLess(max(map(len, page.splitlines())), 111)
 
     def test_examples_parse(self):
@@ -2893,7 +2892,9 @@ class CommandLine(Sandbox):
         for args, words in [([], "usage"), (["strat", "x"], "there is no command strat; did you mean start?"),
                             (["zzz"], "there is no command zzz; see c2 --help"), (["start"], "RELEASE"),
                             (["status", "x"], "unrecognized"), (["--nope"], "COMMAND|unrecognized|nope"),
-                            (["start", "a", "--lock-wait"], "--lock-wait"), (["unpack", "x"], "DIR")]:
+                            (["start", "a", "--lock-wait"], "--lock-wait"), (["unpack", "x"], "DIR"),
+                            (["connect", "main", "--force", "x"], "between them|configuration"),
+                            (["show-log", "-n", "9" * 20], "-n: 9+ is not a number from 0 to")]:
             ran = self.c2(*args, code=2)
             self.assertRegex(ran.err, words)
             self.assertEqual(ran.out, "")
