@@ -91,21 +91,18 @@ class Interrupted(BaseException):
 
 
 def nearest(name: str, known: List[str]) -> str:
-    """The sentence part that suggests the known name which `name` was probably meant to be; "" without
-    one."""
+    """The end of a sentence that suggests the known name which `name` was meant to be, if there is one."""
     import difflib
     found = difflib.get_close_matches(name.lower(), [k.lower() for k in known], 1, 0.6)
     return next((f"; did you mean {k}?" for k in known if found and k.lower() == found[0]), "")
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Configuration: a decoder takes a value and where it stands, and gives the decoded value or raises
-# ConfigError
+# Configuration: a decoder takes a value and where it stands, and returns what it means or raises ConfigError
 # ----------------------------------------------------------------------------------------------------------
 
 class At(NamedTuple):
-    """Where a value stands in its document: `path` for messages, `base` for relative file names ("": none
-    allowed)."""
+    """Where a value stands in its document: `path` for messages, `base` for relative paths ("": none)."""
 
     path: str
     base: str
@@ -212,8 +209,7 @@ def mapping(key: Callable, decoder: Callable) -> Callable:
 
 
 def union(default: Optional[str] = None, **cases: Optional[Callable]) -> Callable:
-    """Decoder of one of `cases`: NAME, {NAME: null} or {NAME: VALUE}; a case without a decoder takes no
-    value."""
+    """Decoder of one of `cases`: NAME, {NAME: null} or {NAME: VALUE}; without decoder it takes no value."""
     def decode(value: Any, at: At) -> Choice:
         given = default if value is None else value
         given = {given: None} if isinstance(given, str) else given
@@ -373,8 +369,7 @@ class Release(NamedTuple):
 
 
 def parse_json(source: str, what: str) -> Any:
-    """The value of a JSON document; a duplicate key, NaN, or anything else that JSON has not is a
-    ConfigError."""
+    """The value of a JSON document; ConfigError for what JSON has not, NaN say, and for a duplicate key."""
     def once(pairs: list) -> dict:
         found = dict(pairs)
         if len(found) != len(pairs):
@@ -422,8 +417,6 @@ def decode_config(value: Any, base: str, warn: Callable[[str], None]) -> Config:
     if mode.http_port == mode.https_port:
         raise ConfigError(f"{at.path}.httpsPort: {mode.https_port} is the httpPort already")
     return config
-
-
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -934,8 +927,7 @@ def _read_tag(text, start, left, right, where):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# State, rules and planner: what runs, what may be done to it, and the actions that lead from one state to
-# another
+# State, rules and planner: what runs, what may be done, and the actions that lead from one state to another
 # ----------------------------------------------------------------------------------------------------------
 
 class Deploy(NamedTuple):
@@ -1171,8 +1163,7 @@ def stem(release: str) -> str:
 
 
 def compose_project(name: str) -> str:
-    """The name that docker compose makes of a directory's; two deploys with the same would share their
-    containers."""
+    """The name that docker compose makes of a directory's; two that give the same share their containers."""
     return re.sub("[^a-z0-9_-]", "", name.lower()).lstrip("_-")
 
 
@@ -1190,8 +1181,7 @@ def check_label(name: str, state: State) -> None:
 
 
 def next_port(ports: PortRange, last: int, taken: Callable[[int], bool]) -> int:
-    """The lowest free port above the last allotted, wrapping; so that a port is not reused while others
-    remember it."""
+    """The lowest free port above the last allotted, wrapping: none is used again while others remember it."""
     first = last + 1 if ports.v1 <= last + 1 < ports.v2 else ports.v1
     for port in [*range(first, ports.v2), *range(ports.v1, first)]:
         if not taken(port):
@@ -1405,8 +1395,7 @@ def port_of(state: State, end_point: str) -> Optional[int]:
 
 
 def health_end_point(config: Config, state: State) -> Optional[str]:
-    """The endpoint whose deploy answers the health check: the configured one, else the first connected by
-    name."""
+    """The endpoint whose deploy answers the health check: the configured one, else the first connected."""
     named = config.health_check and config.health_check.endpoint
     connected = sorted(e for e in state.connections if e in config.end_points)
     if named:
@@ -1430,8 +1419,7 @@ def nginx_version(said: str) -> str:
 
 
 def http2_form(version: str) -> str:
-    """How an nginx of this version is told to speak HTTP/2: "on" (1.25.1 and later, its CHANGES), "listen" or
-    "" where nobody knows."""
+    """How an nginx of this version is told to speak HTTP/2, by its CHANGES: "on", "listen", or "" for not."""
     numbers = [int(n) for n in version.split(".")] if version else []
     return "on" if numbers >= [1, 25, 1] else "listen" if numbers else ""
 
@@ -1516,8 +1504,7 @@ def nginx_service(layout: Optional[str]) -> Any:
 
 
 def ports_context(port: int, ports: PortRange) -> Dict[str, int]:
-    """The template context's `ports` of a deploy on `port`; camus2's extra ones where they are ports at
-    all."""
+    """`ports` in a template's context; camus2's extra ones where they are ports at all."""
     extra = {f"extra{n}": port + n * (ports.v2 - ports.v1) for n in range(1, 5)}
     return dict({"http": port}, **{name: p for name, p in extra.items() if p <= 65535})
 
@@ -1625,8 +1612,7 @@ def certificate_lines(certificates: Dict[str, Any], now: float, colour: bool) ->
 
 
 def status_text(config: Config, state: State, runs: Dict[str, bool], certificates: Any = ()) -> str:
-    """`status` for a person; runs: LABEL -> whether its port answers, for those that were asked;
-    certificates: their lines."""
+    """`status` for a person; runs: LABEL -> whether its port answers; certificates: their lines."""
     lines = []
     if config.proxy:
         lines.append("Endpoints:")
@@ -1658,8 +1644,7 @@ def tail(output: str, lines: int = OUTPUT_LINES) -> str:
 
 
 def secret_values(value: Any, secret: bool = False) -> List[str]:
-    """Texts in a config source that no log may show: all of a secret one, else what its key calls a
-    secret."""
+    """Texts in a config source that no log may show: all of a secret one, else what its key calls secret."""
     if isinstance(value, dict):
         pattern = "pass|secret|token|credential|private|api_?key"
         return [s for k, v in value.items()
@@ -1683,8 +1668,7 @@ def masked(value: Any, secrets: List[str]) -> Any:
 # ----------------------------------------------------------------------------------------------------------
 
 def make_dir(path: str, mode: int = 0o755) -> None:
-    """Make a directory and those above it, with this mode whatever the umask: containers read them as other
-    users."""
+    """Make a directory and those above it, whatever the umask: containers read them as other users."""
     if os.path.isdir(path):
         return
     make_dir(os.path.dirname(path) or ".")
@@ -1767,12 +1751,9 @@ def sync_file_system(path: str) -> None:
 def replace_link(path: str, target: Optional[str]) -> None:
     """Point a symbolic link at `target` by one atomic rename; None removes it."""
     if target is None:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
-        return
+        return remove(path)
     temp = temp_name(path)
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(temp)
+    remove(temp)
     os.symlink(target, temp)
     os.replace(temp, path)
     sync_dir(os.path.dirname(path))
@@ -1785,13 +1766,13 @@ def read_link(path: str) -> Optional[str]:
         return None
 
 
-def remove_tree(path: str) -> None:
-    """Remove a directory with all in it; links are not followed; nothing there is no error."""
+def remove(path: str) -> None:
+    """Remove a file, a link, or a directory with all in it; nothing there is no error."""
     import shutil
-    if os.path.islink(path) or os.path.isfile(path):
+    if os.path.isdir(path) and not os.path.islink(path):
+        return shutil.rmtree(path)
+    with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
-    elif os.path.isdir(path):
-        shutil.rmtree(path)
 
 
 def utc_now(moment: Optional[float] = None) -> str:
@@ -1887,13 +1868,17 @@ def boot_id() -> str:
     return (read_file("/proc/sys/kernel/random/boot_id") or "").strip()
 
 
-def start_time(pid: int) -> str:
-    """When a process began, in clock ticks since boot; with its pid it names a process for good. "" for
-    none."""
-    with contextlib.suppress(OSError, IndexError):
+def process_fields(pid: Any) -> List[str]:
+    """What /proc/PID/stat says of a process from its state on (proc(5)); [] when there is none."""
+    with contextlib.suppress(OSError):
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as f:
-            return f.read().rpartition(")")[2].split()[19]
-    return ""
+            return f.read().rpartition(")")[2].split()
+    return []
+
+
+def start_time(pid: int) -> str:
+    """When a process began, in ticks since boot, "" for none; with its pid it names a process for good."""
+    return "".join(process_fields(pid)[19:20])
 
 
 def identity(pid: int) -> dict:
@@ -1910,13 +1895,8 @@ def group_alive(group: int) -> bool:
         pass
     if not os.path.isdir("/proc/self"):
         return True
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError, IndexError):
-            with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as f:
-                fields = f.read().rpartition(")")[2].split()
-            if fields[2] == str(group) and fields[0] not in "ZX":
-                return True
-    return False
+    processes = map(process_fields, filter(str.isdigit, os.listdir("/proc")))
+    return any(fields[2] == str(group) and fields[0] not in "ZX" for fields in processes if fields)
 
 
 def end_group(group: int) -> None:
@@ -1930,8 +1910,7 @@ def end_group(group: int) -> None:
 
 
 def end_left_over(group: Optional[dict]) -> bool:
-    """End the process group that a killed c2 left, if it is still that one (same boot, same leader or
-    none)."""
+    """End the process group of a killed c2, if it still is that one: same boot, same leader or none."""
     if not group or group["boot"] != boot_id() or start_time(group["pid"]) not in ("", group["start"]):
         return False
     if not group_alive(group["pid"]):
@@ -1962,8 +1941,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Journal:
-    """What is being done to the host and how far it is, kept in a file: from it a kill at any instant is
-    recovered."""
+    """What is being done to the host, and how far it is, in a file: it makes a kill recoverable."""
 
     def __init__(self, path: str, record: dict) -> None:
         self.path, self.record, self.lenient = path, record, False
@@ -1984,8 +1962,7 @@ class Journal:
         self.record = record
 
     def clear(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.path)
+        remove(self.path)
 
     @property
     def action(self) -> Any:
@@ -2027,11 +2004,12 @@ def read_journal(path: str) -> Optional[Journal]:
 
 
 def read_holder(config: Config) -> dict:
-    """What the holder of the lock wrote into it: its identity and what it does."""
+    """What the holder of the lock wrote into it: its identity and what it does; {} when it is gone."""
     try:
         holder = json.loads(read_file(config.proxy_path("lock")) or "{}")
-        return holder if isinstance(holder, dict) and isinstance(holder.get("pid"), int) else {}
-    except ValueError:
+        alive = isinstance(holder["pid"], int) and start_time(holder["pid"]) == holder["start"]
+        return holder if alive else {}
+    except (ValueError, KeyError, TypeError):
         return {}
 
 
@@ -2062,9 +2040,7 @@ def locked(host: Host, wait: float, cancels: Optional[Callable[[dict], bool]] = 
                 break
             except BlockingIOError:
                 holder = read_holder(config)
-            alive = holder and start_time(holder["pid"]) == holder.get("start")
-            holder = holder if alive else {}
-            if alive and cancels and not cancelled and cancels(holder):
+            if holder and cancels and not cancelled and cancels(holder):
                 say(f"ending {describe_holder(config, holder)}")
                 os.kill(holder["pid"], signal.SIGTERM)
                 cancelled, told = True, True
@@ -2155,8 +2131,7 @@ def aws(*args: str, timeout: float = 120, **options: Any) -> str:
 
 
 class Follower:
-    """Shows on the terminal what is added to a file, so that no pipe ties c2 to what a command leaves
-    running."""
+    """Shows what is added to a file on the terminal: no pipe ties c2 to what a command leaves running."""
 
     def __init__(self, path: str) -> None:
         self.file = open(path, "rb")
@@ -2249,8 +2224,7 @@ def await_command(host: Host, process: Any, follower: Follower, deploy: Deploy, 
 # ----------------------------------------------------------------------------------------------------------
 
 class Store(NamedTuple):
-    """Releases somewhere: `names()` newest first, `exists(name)`, `fetch(name, path)`; Missing for what isn't
-    there."""
+    """Releases: `names()` newest first, `exists(name)`, `fetch(name, path)`, which may raise Missing."""
 
     label: str
     names: Callable[[], List[str]]
@@ -2328,8 +2302,7 @@ def fetch(source: Choice, to: str) -> None:
         os.chmod(part, 0o600)
         os.replace(part, to)
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(part)
+        remove(part)
 
 
 def s3_parts(url: str) -> List[str]:
@@ -2405,8 +2378,7 @@ def require_release(config: Config, name: str) -> None:
 
 
 def find_config(given: Optional[str]) -> str:
-    """Where the configuration is: --config, else $CAMUS2_CONFIG, else ../etc/camus2.json or .yaml beside
-    c2."""
+    """Where the configuration is: --config, else $CAMUS2_CONFIG, else beside c2 in ../etc."""
     named = given or os.environ.get("CAMUS2_CONFIG")
     if named:
         return named
@@ -2480,8 +2452,7 @@ def fetch_context(host: Host, retry: bool = False) -> None:
             load_json(new, f"the config source {name} ({source.value})")
             os.replace(new, to)
         finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(new)
+            remove(new)
         host.log.info("fetch-context", f"fetched the config source {name} from {source.value}")
 
 
@@ -2521,8 +2492,7 @@ def learn_secrets(host: Host, inner: List[str]) -> None:
 # ----------------------------------------------------------------------------------------------------------
 
 class Member(NamedTuple):
-    """A member of an archive that may be unpacked: `kind` is "file", "dir" or "link", `mode` its permission
-    bits."""
+    """A member of an archive that may be unpacked: `kind` is "file", "dir" or "link", `mode` for chmod."""
 
     name: str
     kind: str
@@ -2680,8 +2650,7 @@ def prepare_release(host: Host, name: str, directory: str, context: dict) -> Rel
             raise
         unpack_archive(archive, directory, what)
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(archive)
+        remove(archive)
     if not os.path.exists(os.path.join(directory, "release.json")):
         tops = os.listdir(directory)
         nested = len(tops) == 1 and os.path.exists(os.path.join(directory, tops[0], "release.json"))
@@ -2738,8 +2707,7 @@ def port_taken(port: int) -> bool:
 
 
 def http_get(port: int, path: str, host: str = "localhost", timeout: float = 3) -> Optional[tuple]:
-    """(status, body) of the answer to a GET on 127.0.0.1, None without an HTTP answer within `timeout`
-    seconds."""
+    """(status, body) of a GET on 127.0.0.1; None without an HTTP answer within `timeout` seconds."""
     import socket
     request = f"GET {path} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: c2/{VERSION}\r\nConnection: close\r\n\r\n"
     deadline, answer = time.monotonic() + timeout, b""
@@ -2793,8 +2761,7 @@ def check_ready(host: Host, state: State, end_point: str, deploy: Deploy, force:
 
 
 def connections_to(port: int) -> int:
-    """How many TCP connections from this machine to this port are open or being opened (proc(5),
-    tcp_states.h)."""
+    """How many TCP connections to the port this machine has, or opens (proc(5), tcp_states.h)."""
     count, remote_port_and_state = 0, re.compile(b":%04X 0[12] " % port)
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with contextlib.suppress(OSError):
@@ -2965,8 +2932,7 @@ def render_nginx(config: Config, context: dict) -> str:
 
 
 def lay_out_proxy(config: Config, state: State) -> None:
-    """Make the directories and port files that the container mounts, readable by nginx's user whatever the
-    umask."""
+    """Make what the container mounts, readable by nginx's user whatever the umask."""
     for name in PROXY_DIRS:
         make_dir(config.proxy_path(name), 0o711 if name == "certs" else 0o755)
     for path in [*letsencrypt_dirs(config), config.letsencrypt_www_dir] if generated_names(config) else []:
@@ -3031,8 +2997,7 @@ def install_nginx_conf(host: Host, conf: str, running: bool) -> Callable[[], Non
 
 
 def gather_context(host: Host, state: State, container: Container, runs: bool) -> dict:
-    """The context of nginx's configuration: the certificates copied for it, and the version of nginx asked
-    for."""
+    """The context of nginx's configuration; copies the certificates, and asks for nginx's version."""
     certs = install_certificates(host)
     nginx = ask_nginx(host, container, runs) if certs else {}
     context = nginx_context(host.config, state, certs, nginx.get("version", ""))
@@ -3081,7 +3046,7 @@ def route(host: Host, state: State, start: bool = True, check: Callable[[], None
             verify(host, state, conf)
             check()
     for path in (candidate, config.proxy_path("docker-compose.before.yml")):
-        remove_tree(path)
+        remove(path)
     replace_file(config.proxy_path("nginx.ctx.json"), json.dumps(context, indent=2) + "\n")
     remove_old_certificates(config)
 
@@ -3093,7 +3058,7 @@ def write_layout(config: Config, layout: str, old: Optional[str], undo: list) ->
     def take_back() -> None:
         if old is not None:
             replace_file(path, old)
-        remove_tree(before)
+        remove(before)
     if layout != old or layout != read_file(path):
         undo.append(take_back)
         if old is not None:
@@ -3124,8 +3089,7 @@ def require_free_ports(config: Config, https: bool) -> None:
 
 @contextlib.contextmanager
 def undo_on_failure() -> Any:
-    """Collect functions that take back what has been done; they are called, the last first, when the body
-    fails."""
+    """Collect what takes back what has been done; when the body fails these are called, last first."""
     undo = []       # type: List[Callable[[], Any]]
     try:
         yield undo
@@ -3387,8 +3351,7 @@ def check_presented(config: Config, chain: str, names: List[str]) -> None:
 # ----------------------------------------------------------------------------------------------------------
 
 def execute(host: Host, journal: Journal, action: Any, state: State) -> None:
-    """Do what an action says; raises when it could not be done, and what it changed is then put right by
-    `undo`."""
+    """Do what an action says; raises when it could not be done, and `undo` puts right what it has changed."""
     if isinstance(action, Create):
         launch(host, journal, action.deploy, None)
     elif isinstance(action, Replace):
@@ -3409,7 +3372,7 @@ def launch(host: Host, journal: Journal, deploy: Deploy, old: Optional[Deploy]) 
     staging, place = config.path(".staging", deploy.label), config.path(deploy.label)
     make_dir(config.path(".staging"), 0o711)
     if not (old and old.label == deploy.label):
-        remove_tree(output_path(config, deploy.label))
+        remove(output_path(config, deploy.label))
     fetch_context(host)
     prepare_release(host, deploy.release, staging, deploy_context(host, deploy))
     run_command(host, journal, deploy, "prestart", staging)
@@ -3447,8 +3410,7 @@ def deploy_context(host: Host, deploy: Deploy) -> dict:
 
 
 def undo_launch(host: Host, journal: Journal, deploy: Deploy, old: Optional[Deploy]) -> None:
-    """Take an unfinished start back, from whatever step it was in: its steps backwards, and `old` started
-    again."""
+    """Take back an unfinished start, from whatever step it was in, and start `old` again."""
     config, place = host.config, host.config.path(deploy.label)
     stopped = journal.record.get("stopped")
     brief = host._replace(command_timeout=min(host.command_timeout or UNDO_STOP_SECS, UNDO_STOP_SECS))
@@ -3461,7 +3423,7 @@ def undo_launch(host: Host, journal: Journal, deploy: Deploy, old: Optional[Depl
     if journal.record["step"] == "swap":
         aside = config.path(".old", deploy.label)
         if os.path.lexists(aside) or not journal.record["kept"]:
-            remove_tree(place)
+            remove(place)
         if os.path.lexists(aside):
             os.rename(aside, place)
         if read_link(config.path("current")) == deploy.label:
@@ -3474,7 +3436,7 @@ def undo_launch(host: Host, journal: Journal, deploy: Deploy, old: Optional[Depl
         run_command(host, journal, old, "start", config.path(old.label))
         host.log.warn("undo", f"{old.label} ({old.release}) has been started again", deploy=old.label,
                       release=old.release)
-    remove_tree(config.path(".staging", deploy.label))
+    remove(config.path(".staging", deploy.label))
 
 
 def restart(host: Host, journal: Journal, deploy: Deploy) -> None:
@@ -3516,8 +3478,8 @@ def destroy(host: Host, journal: Journal, deploy: Deploy, force: bool) -> None:
     with uninterruptible():
         journal.step("remove")
         if config.proxy:
-            remove_tree(place)
-            remove_tree(output_path(config, deploy.label))
+            remove(place)
+            remove(output_path(config, deploy.label))
         else:
             replace_link(config.path("current"), None)
 
@@ -3541,11 +3503,10 @@ def new_journal(host: Host, action: Any) -> Journal:
 
 
 def carry_out(host: Host, actions: list, state: State) -> State:
-    """Execute actions one after the other, saving the state after each; the first that fails is undone and
-    raised."""
+    """Execute actions, and save the state after each; the first that fails is undone and raised."""
     for action in actions:
         journal = new_journal(host, action)
-        told = describe(action, state)
+        told = describe(action)
         host.log.info("begin", told["message"], **told["fields"])
         began = time.monotonic()
         try:
@@ -3577,24 +3538,22 @@ def carry_out(host: Host, actions: list, state: State) -> State:
 
 
 def settle(host: Host, journal: Journal, state: State, seconds: Optional[float] = None) -> State:
-    """Record a finished action: the state and the log first, then what is not needed any more goes, and the
-    journal last."""
+    """Record a finished action, then remove what is not needed any more; the journal goes last."""
     config, action = host.config, journal.action
-    told = describe(action, state)
+    told = describe(action)
     state = next_state(action, state, utc_now())
     save_state(config, state)
     host.log.info("done", f"{told['done']} done", seconds=seconds, **told["fields"])
     if isinstance(action, Replace) and config.proxy and action.old.label != action.deploy.label:
-        remove_tree(config.path(action.old.label))
-        remove_tree(output_path(config, action.old.label))
+        remove(config.path(action.old.label))
+        remove(output_path(config, action.old.label))
     journal.clear()
     tidy(host)
     return state
 
 
 def tidy(host: Host) -> None:
-    """Remove what staging, replaced deploys and killed commands left, but for what a failed recovery still
-    needs."""
+    """Remove what staging, replaced deploys and kills have left, but for what a recovery still needs."""
     config = host.config
     kept = {name[:-len(".json")] for name in list_dir(config.proxy_path("blocked"))}
     left = [config.path(place, name) for place in (".staging", ".old")
@@ -3605,7 +3564,7 @@ def tidy(host: Host) -> None:
         left += [os.path.join(directory, t.string) for t in temps if t and not start_time(int(t.group(1)))]
     for path in left:
         try:
-            remove_tree(path)
+            remove(path)
         except OSError as e:
             host.log.warn("tidy", f"can't remove {path}, which an earlier command left: {e.strerror}")
 
@@ -3617,7 +3576,7 @@ def list_dir(path: str) -> List[str]:
         return []
 
 
-def describe(action: Any, state: State) -> dict:
+def describe(action: Any) -> dict:
     """An action in words, and as fields of the log."""
     if isinstance(action, (Connect, Disconnect)):
         to = f" to {action.label}" if isinstance(action, Connect) else ""
@@ -3694,8 +3653,7 @@ def changing(host: Host, wait: float, **about: Any) -> Any:
 
 
 def host_state(config: Config) -> State:
-    """The state; where camus2 left a running release and none, without the proxy, the one that `current`
-    tells."""
+    """The state; where only camus2 has been, without the proxy, the release that its link `current` names."""
     current = read_link(config.path("current"))
     known = any(os.path.exists(config.proxy_path(name)) for name in ("state.json", "journal.json"))
     if config.proxy or known or not current:
@@ -3815,7 +3773,7 @@ def change_master(host: Host, decide: Callable[[State], list]) -> None:
         raise C2Error(f"other masters have changed {master_url(host.config)} {MASTER_TRIES} times meanwhile; "
                       "try again")
     for action in actions:
-        told = describe(action, state)
+        told = describe(action)
         host.log.info("master", f"{told['done']}: the master state says so now; the machines follow",
                       **told["fields"])
 
@@ -4344,7 +4302,7 @@ def rehearse(host: Host, deploy: Deploy) -> None:
         fetch_context(host)
         prepare_release(host, deploy.release, staging, deploy_context(host, deploy))
     finally:
-        remove_tree(staging)
+        remove(staging)
 
 
 def require_port(action: Any) -> None:
@@ -4489,7 +4447,7 @@ def cmd_stop(host: Host, args: Any) -> None:
             os.unlink(blocked)
             host.log.warn("unblock", f"{args.deploy} is not blocked any more", deploy=args.deploy)
             if args.deploy not in state.deploys:
-                remove_tree(config.path(args.deploy))
+                remove(config.path(args.deploy))
                 return tidy(host)
         actions = stop_actions(state, args.deploy, args.force)
         unblock(host, actions[0].deploy.label)
@@ -4578,7 +4536,7 @@ def report_unfinished(config: Config) -> None:
     """Say what is under way, or was killed and waits for the next command that changes something."""
     journal = read_journal(config.proxy_path("journal.json"))
     holder = read_holder(config)
-    if journal and holder and start_time(holder["pid"]) == holder.get("start"):
+    if journal and holder:
         say(f"under way: {journal.doing}, pid {holder['pid']}, since {journal.record['since']}")
     elif journal:
         say(f"warning: killed: {journal.doing}; the next command that changes something puts it right first")
@@ -4690,7 +4648,7 @@ def cmd_unpack(host: Host, args: Any) -> None:
         prepare_release(host, args.release, staging, load_context(host))
         os.replace(staging, directory)
     finally:
-        remove_tree(staging)
+        remove(staging)
     host.log.info("unpack", f"unpacked {args.release} into {directory}", release=args.release)
 
 
