@@ -49,9 +49,12 @@ PORT_GRACE_SECS = 5
 
 
 class C2Error(Exception):
-    """What went wrong, where, and what to do next, in one sentence; `code` is the exit code."""
+    """What went wrong, where, and what to do next, in one sentence; `code` is c2's exit code.
 
-    code = 1
+    Of a program that failed, `exit` is the exit code and `output` what it said last.
+    """
+
+    code, exit, output = 1, None, ""
 
 
 class ConfigError(C2Error):
@@ -71,9 +74,9 @@ class TemplateError(C2Error):
 
 
 class CommandFailed(C2Error):
-    """A program that c2 ran gave a non-zero exit code; `exit` is it, `output` its last lines."""
+    """A program that c2 ran gave a non-zero exit code, or did not end."""
 
-    def __init__(self, message: str, exit: int = 0, output: str = "") -> None:
+    def __init__(self, message: str, exit: Optional[int], output: str = "") -> None:
         super().__init__(message)
         self.exit, self.output = exit, output
 
@@ -1227,6 +1230,23 @@ def stop_actions(state: State, name: str, force: bool = False) -> list:
     return [Destroy(deploy, force)]
 
 
+def describe(action: Any) -> tuple:
+    """An action in words, as it begins and as it is done, and its fields in the log."""
+    if isinstance(action, Connect):
+        what = f"{action.end_point} to {action.label}"
+        return f"connecting {what}", f"connect {what}", {"endpoint": action.end_point, "deploy": action.label}
+    if isinstance(action, Disconnect):
+        what = action.end_point
+        return f"disconnecting {what}", f"disconnect {what}", {"endpoint": what}
+    deploy = action.deploy
+    verb, doing = {Restart: ("restart", "starting again"), Destroy: ("stop", "stopping")}.get(
+        type(action), ("start", "starting"))
+    port = f" on port {deploy.port}" if deploy.port and verb != "stop" else ""
+    instead = f" in place of {action.old.label} ({action.old.release})" if isinstance(action, Replace) else ""
+    return (f"{doing} {deploy.label} ({deploy.release}){port}{instead}", f"{verb} {deploy.label}{port}",
+            {"deploy": deploy.label, "release": deploy.release, "port": deploy.port or None})
+
+
 def rollback_target(state: State, end_point: str) -> Deploy:
     """The deploy that `end_point` was connected to before; Refused when it is not there any more."""
     before = state.previous.get(end_point)
@@ -1384,7 +1404,6 @@ http {
 # atomic replace.
 NGINX_LINKS = "cd /etc/nginx; ln -sf c2/conf/nginx.conf c2/conf/candidate.conf ."
 NGINX_START = NGINX_LINKS + "; exec nginx -g 'daemon off;'"
-NGINX_TEST = ["nginx", "-t", "-c", "/etc/nginx/candidate.conf"]
 PROXY_DIRS = ("conf", "live", "ports", "certs")     # mounted into the container, below /etc/nginx/c2
 CERTS_IN_PROXY = "/etc/nginx/c2/certs/"
 
@@ -1691,6 +1710,23 @@ def read_file(path: str) -> Optional[str]:
         raise C2Error(f"{path} is not UTF-8 text") from None
 
 
+def list_dir(path: str) -> List[str]:
+    try:
+        return sorted(os.listdir(path))
+    except FileNotFoundError:
+        return []
+
+
+def load_json(path: str, what: str) -> Any:
+    source = read_file(path)
+    if source is None:
+        raise C2Error(f"{what}: there is no file {path}")
+    try:
+        return parse_json(source, what)
+    except ConfigError as e:
+        raise C2Error(str(e)) from None
+
+
 @contextlib.contextmanager
 def naming(path: str) -> Any:
     """Let an OSError tell its file: that of a failed write has no name."""
@@ -1706,15 +1742,14 @@ def temp_name(path: str) -> str:
     return f"{path}.{os.getpid()}~"
 
 
-def replace_file(path: str, content: Any, mode: int = 0o644) -> None:
+def replace_file(path: str, content: str, mode: int = 0o644) -> None:
     """Write a file whole or not at all: to a temporary name, to the disk, then renamed into place."""
-    data = content.encode("utf-8") if isinstance(content, str) else content
     temp = temp_name(path)
     try:
         fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
         with naming(path), open(fd, "wb") as f:
             os.fchmod(f.fileno(), mode)
-            f.write(data)
+            f.write(content.encode("utf-8"))
             f.flush()
             os.fsync(f.fileno())
         os.replace(temp, path)
@@ -1919,6 +1954,9 @@ def end_left_over(group: Optional[dict]) -> bool:
     return True
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 @contextlib.contextmanager
 def uninterruptible() -> Any:
     """Hold SIGINT, SIGTERM and SIGHUP back until it is done: an undo must not be undone half-way."""
@@ -1935,9 +1973,6 @@ def uninterruptible() -> Any:
             signal.signal(s, handler)
     for signum in held[:1]:
         os.kill(os.getpid(), signum)
-
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Journal:
@@ -2062,6 +2097,16 @@ def load_state(config: Config) -> State:
     """This host's state.json; an empty State when there is none yet."""
     path = config.proxy_path("state.json")
     return decode_state(load_json(path, path), path) if os.path.exists(path) else State()
+
+
+def host_state(config: Config) -> State:
+    """The state; where only camus2 has been, without the proxy, the release that its link `current` names."""
+    current = read_link(config.path("current"))
+    known = any(os.path.exists(config.proxy_path(name)) for name in ("state.json", "journal.json"))
+    if config.proxy or known or not current:
+        return load_state(config)
+    name = os.path.basename(current)
+    return State(deploys={name: Deploy(name, f"{name}.zip", 0)}) if re.fullmatch(LABEL, name) else State()
 
 
 def save_state(config: Config, state: State) -> None:
@@ -2292,13 +2337,15 @@ FETCH = {"file": fetch_file, "localdir": fetch_file, "s3": fetch_s3, "http": fet
          "awsSecretArn": fetch_secret}
 
 
-def fetch(source: Choice, to: str) -> None:
-    """Fetch one document to the path `to`, 0600, whole or not at all."""
+def fetch(source: Choice, to: str, json_name: str = "") -> None:
+    """Fetch a document to the path `to`, 0600, whole or not at all; json_name: of one that must be JSON."""
     part = temp_name(to)
     try:
         os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600))
         with naming(to):
             FETCH[source.name](source.value, part)
+        if json_name:
+            load_json(part, json_name)
         os.chmod(part, 0o600)
         os.replace(part, to)
     finally:
@@ -2306,18 +2353,24 @@ def fetch(source: Choice, to: str) -> None:
 
 
 def s3_parts(url: str) -> List[str]:
-    """Bucket, and key prefix with its slash, of s3://BUCKET/PREFIX."""
-    bucket, _, prefix = url[len("s3://"):].partition("/")
-    return [bucket, prefix.rstrip("/") + "/" if prefix.rstrip("/") else ""]
+    """Bucket and key of s3://BUCKET/KEY."""
+    bucket, _, key = url[len("s3://"):].partition("/")
+    return [bucket, key]
+
+
+def s3_object(url: str) -> List[str]:
+    """The arguments that name an object to `aws s3api`."""
+    bucket, key = s3_parts(url)
+    return ["--bucket", bucket, "--key", key]
 
 
 def release_store(config: Config) -> Store:
     kind, base = config.releases
-    separator = "" if base.endswith("/") else "/"
-    names, exists = {"localdir": (local_names, local_exists), "s3": (s3_names, s3_exists),
+    directory = base.rstrip("/") + "/"
+    names, exists = {"localdir": (local_names, os.path.isfile), "s3": (s3_names, s3_exists),
                      "http": (http_names, http_exists)}[kind]
-    return Store(base, lambda: names(base), lambda name: exists(base + separator + name),
-                 lambda name, to: fetch(Choice(kind, base + separator + name), to))
+    return Store(base, lambda: names(base), lambda name: exists(directory + name),
+                 lambda name, to: fetch(Choice(kind, directory + name), to))
 
 
 def local_names(base: str) -> List[str]:
@@ -2329,12 +2382,8 @@ def local_names(base: str) -> List[str]:
     return [name for _, name in sorted(found, key=lambda f: (-f[0], f[1]))]
 
 
-def local_exists(path: str) -> bool:
-    return os.path.isfile(path)
-
-
 def s3_names(base: str) -> List[str]:
-    bucket, prefix = s3_parts(base)
+    bucket, prefix = s3_parts(base.rstrip("/") + "/")
     answer = aws("s3api", "list-objects-v2", "--bucket", bucket, "--prefix", prefix, "--delimiter", "/",
                  "--output", "json", timeout=600)
     items = json.loads(answer or "{}").get("Contents", [])
@@ -2343,9 +2392,8 @@ def s3_names(base: str) -> List[str]:
 
 
 def s3_exists(url: str) -> bool:
-    bucket, key = url[len("s3://"):].split("/", 1)
     try:
-        aws("s3api", "head-object", "--bucket", bucket, "--key", key)
+        aws("s3api", "head-object", *s3_object(url))
     except Missing:
         return False
     return True
@@ -2365,8 +2413,6 @@ def http_exists(url: str) -> bool:
 
 def require_release(config: Config, name: str) -> None:
     """Raise unless the store has the release; with a suggestion where the store can be listed."""
-    if not re.fullmatch(r"[^/.\s-][^/\s]*", name):
-        raise ConfigError(f"{name!r} can't be a release, which is a file's name in the store, without a path")
     store = release_store(config)
     if store.exists(name):
         return
@@ -2434,36 +2480,20 @@ def fetch_context(host: Host, retry: bool = False) -> None:
         make_dir(config.context_cache)
         os.chmod(config.context_cache, 0o700)
     for name, source in sorted(config.config_sources.items()):
-        to, waits = cache_path(config, name), False
-        new = temp_name(to)
+        what, waits = f"the config source {name} ({source.value})", False
         while True:
             try:
-                fetch(source, new)
+                fetch(source, cache_path(config, name), what)
                 break
             except Missing as e:
                 if not retry:
                     raise C2Error(f"the config source {name} is not there ({e}); c2 fetch-context --retry "
                                   "waits for it") from None
                 if not waits:
-                    host.log.info("wait", f"waiting for the config source {name} ({source.value})")
+                    host.log.info("wait", f"waiting for {what}")
                 waits = True
                 time.sleep(10)
-        try:
-            load_json(new, f"the config source {name} ({source.value})")
-            os.replace(new, to)
-        finally:
-            remove(new)
         host.log.info("fetch-context", f"fetched the config source {name} from {source.value}")
-
-
-def load_json(path: str, what: str) -> Any:
-    source = read_file(path)
-    if source is None:
-        raise C2Error(f"{what}: there is no file {path}")
-    try:
-        return parse_json(source, what)
-    except ConfigError as e:
-        raise C2Error(str(e)) from None
 
 
 def load_context(host: Host) -> dict:
@@ -2507,11 +2537,11 @@ def archive_members(infos: list, what: str) -> List[Member]:
     another's directory. `what` names the archive.
     """
     import stat
-    found, kinds, seen = [], {}, set()       # type: ignore
+    by_mode = {stat.S_IFDIR: "dir", stat.S_IFLNK: "link", stat.S_IFREG: "file", 0: "file"}
+    found, kinds = {}, {}       # type: Dict[str, Member], Dict[str, str]
     for info in infos:
         name, bits = info.filename.rstrip("/"), info.external_attr >> 16
-        kinds_of = {stat.S_IFDIR: "dir", stat.S_IFLNK: "link", stat.S_IFREG: "file", 0: "file"}
-        kind = kinds_of.get(stat.S_IFMT(bits))
+        kind = by_mode.get(stat.S_IFMT(bits))
         kind = "dir" if info.filename.endswith("/") and kind else kind
         parts = name.split("/")
         if "\\" in name or "\0" in info.orig_filename or {"", ".", ".."} & set(parts):
@@ -2522,18 +2552,13 @@ def archive_members(infos: list, what: str) -> List[Member]:
             raise C2Error(f"{what}: {name} is encrypted; pack the release without a password")
         if info.compress_type not in (0, 8, 12):    # stored, deflated, bzip2
             raise C2Error(f"{what}: {name} is compressed by method {info.compress_type}; pack it with zip")
-        if name in seen or kinds.get(name, kind) != kind:
+        if name in found or kinds.setdefault(name, kind) != kind:
             raise C2Error(f"{what}: {name} is in the archive twice")
-        above = next(("/".join(parts[:i]) for i in range(1, len(parts))
-                      if kinds.get("/".join(parts[:i]), "dir") != "dir"), None)
-        if above:
-            raise C2Error(f"{what}: {above} is a {kinds[above]} and a directory too")
-        kinds[name] = kind
-        seen.add(name)
-        for i in range(1, len(parts)):
-            kinds.setdefault("/".join(parts[:i]), "dir")
-        found.append(Member(name, kind, bits & 0o777, info))
-    return found
+        for above in ("/".join(parts[:i]) for i in range(1, len(parts))):
+            if kinds.setdefault(above, "dir") != "dir":
+                raise C2Error(f"{what}: {above} is a {kinds[above]} and a directory too")
+        found[name] = Member(name, kind, bits & 0o777, info)
+    return list(found.values())
 
 
 def check_link(name: str, target: str, what: str) -> None:
@@ -2594,9 +2619,9 @@ def read_release(directory: str, warn: Callable[[str], None] = lambda message: N
     """release.json of an unpacked release; an unknown key in it is only warned of."""
     path = os.path.join(directory, "release.json")
     value = load_json(path, path)
+    known = [camel(field) for field in Release._fields]
     if isinstance(value, dict):
-        for key in sorted(set(value) - {camel(field) for field in Release._fields}):
-            known = [camel(field) for field in Release._fields]
+        for key in sorted(set(value) - {*known}):
             warn(f"release.json: c2 does not know the key {key}{nearest(key, known)}")
     try:
         return record(Release, strict=False)(value, At("", "", warn))
@@ -2643,12 +2668,11 @@ def prepare_release(host: Host, name: str, directory: str, context: dict) -> Rel
     def warn(message: str) -> None:
         host.log.warn("template", f"{name}: {message}", release=name)
     try:
-        try:
-            store.fetch(name, archive)
-        except Missing:
-            require_release(host.config, name)
-            raise
+        store.fetch(name, archive)
         unpack_archive(archive, directory, what)
+    except Missing:
+        require_release(host.config, name)      # which says what is there instead
+        raise
     finally:
         remove(archive)
     if not os.path.exists(os.path.join(directory, "release.json")):
@@ -2974,7 +2998,7 @@ def install_nginx_conf(host: Host, conf: str, running: bool) -> Callable[[], Non
     """
     config = host.config
     live, candidate = config.proxy_path("conf", "nginx.conf"), config.proxy_path("conf", "candidate.conf")
-    before, test = read_file(live), ["sh", "-c", f"{NGINX_LINKS}; {show_args(NGINX_TEST)}"]
+    before, test = read_file(live), ["sh", "-c", NGINX_LINKS + "; nginx -t -c /etc/nginx/candidate.conf"]
     replace_file(candidate, conf)
     try:
         compose(host, *(["exec", "-T"] if running else ["run", "--rm", "-T", "--no-deps"]), "nginx", *test)
@@ -3384,7 +3408,7 @@ def launch(host: Host, journal: Journal, deploy: Deploy, old: Optional[Deploy]) 
         except C2Error as e:
             stopped = False
             host.log.warn("stop-failed", f"{e}; going on with the start of {deploy.label}", deploy=old.label,
-                          output=getattr(e, "output", ""))
+                          output=e.output)
     journal.step("swap", kept=os.path.lexists(place), stopped=stopped)
     make_dir(config.path(".old"), 0o711)
     if os.path.lexists(place):
@@ -3471,10 +3495,9 @@ def destroy(host: Host, journal: Journal, deploy: Deploy, force: bool) -> None:
             if not (force or again and not listening(deploy.port)):
                 mend = "" if config.remote else (": mend it and stop it again, or remove it all the same "
                                                  f"with c2 stop --force {deploy.label}")
-                raise CommandFailed(f"{e}; {deploy.label} stays{mend}",
-                                    output=getattr(e, "output", "")) from None
+                raise CommandFailed(f"{e}; {deploy.label} stays{mend}", e.exit, e.output) from None
             host.log.warn("stop-failed", f"{e}; removing it all the same", deploy=deploy.label,
-                          output=getattr(e, "output", ""))
+                          output=e.output)
     with uninterruptible():
         journal.step("remove")
         if config.proxy:
@@ -3506,8 +3529,8 @@ def carry_out(host: Host, actions: list, state: State) -> State:
     """Execute actions, and save the state after each; the first that fails is undone and raised."""
     for action in actions:
         journal = new_journal(host, action)
-        told = describe(action)
-        host.log.info("begin", told["message"], **told["fields"])
+        doing, done, fields = describe(action)
+        host.log.info("begin", doing, **fields)
         began = time.monotonic()
         try:
             execute(host, journal, action, state)
@@ -3517,13 +3540,12 @@ def carry_out(host: Host, actions: list, state: State) -> State:
                     settle(host, journal, state)        # it came too late
                     raise
                 reason = str(e) if isinstance(e, (C2Error, OSError)) else "interrupted"
-                host.log.event("error", "failed", f"{told['done']} failed: {reason}",
-                               exit=getattr(e, "exit", None), output=getattr(e, "output", ""),
-                               **told["fields"])
+                host.log.event("error", "failed", f"{done} failed: {reason}", exit=getattr(e, "exit", None),
+                               output=getattr(e, "output", ""), **fields)
                 try:
                     undo(host, journal)
                     if not isinstance(action, Destroy):
-                        host.log.info("undone", f"{told['done']} has been taken back", **told["fields"])
+                        host.log.info("undone", f"{done} has been taken back", **fields)
                 except (C2Error, OSError) as again:
                     raise C2Error(f"{reason}; and it could not be taken back: {again}; the next c2 command "
                                   "puts that right") from None
@@ -3532,7 +3554,7 @@ def carry_out(host: Host, actions: list, state: State) -> State:
             try:
                 state = settle(host, journal, state, round(time.monotonic() - began, 3))
             except OSError as e:
-                raise C2Error(f"{told['done']} is done, but that can't be recorded ({e.filename}: "
+                raise C2Error(f"{done} is done, but that can't be recorded ({e.filename}: "
                               f"{e.strerror}); the next c2 command records it") from None
     return state
 
@@ -3540,10 +3562,10 @@ def carry_out(host: Host, actions: list, state: State) -> State:
 def settle(host: Host, journal: Journal, state: State, seconds: Optional[float] = None) -> State:
     """Record a finished action, then remove what is not needed any more; the journal goes last."""
     config, action = host.config, journal.action
-    told = describe(action)
+    _, done, fields = describe(action)
     state = next_state(action, state, utc_now())
     save_state(config, state)
-    host.log.info("done", f"{told['done']} done", seconds=seconds, **told["fields"])
+    host.log.info("done", f"{done} done", seconds=seconds, **fields)
     if isinstance(action, Replace) and config.proxy and action.old.label != action.deploy.label:
         remove(config.path(action.old.label))
         remove(output_path(config, action.old.label))
@@ -3567,32 +3589,6 @@ def tidy(host: Host) -> None:
             remove(path)
         except OSError as e:
             host.log.warn("tidy", f"can't remove {path}, which an earlier command left: {e.strerror}")
-
-
-def list_dir(path: str) -> List[str]:
-    try:
-        return sorted(os.listdir(path))
-    except FileNotFoundError:
-        return []
-
-
-def describe(action: Any) -> dict:
-    """An action in words, and as fields of the log."""
-    if isinstance(action, (Connect, Disconnect)):
-        to = f" to {action.label}" if isinstance(action, Connect) else ""
-        kind = "connect" if to else "disconnect"
-        fields = {"endpoint": action.end_point, "deploy": getattr(action, "label", None)}
-        what = f"{action.end_point}{to}"
-        return {"message": f"{kind}ing {what}", "done": f"{kind} {what}", "fields": fields}
-    deploy = action.deploy
-    kinds = {Create: "start", Replace: "start", Restart: "restart", Destroy: "stop"}
-    kind = kinds[type(action)]
-    shown = {"start": "starting", "restart": "starting again", "stop": "stopping"}[kind]
-    port = f" on port {deploy.port}" if deploy.port and kind != "stop" else ""
-    instead = f" in place of {action.old.label} ({action.old.release})" if isinstance(action, Replace) else ""
-    fields = {"deploy": deploy.label, "release": deploy.release, "port": deploy.port or None}
-    return {"message": f"{shown} {deploy.label} ({deploy.release}){port}{instead}",
-            "done": f"{kind} {deploy.label}{port}", "fields": fields}
 
 
 def recover(host: Host) -> None:
@@ -3652,14 +3648,6 @@ def changing(host: Host, wait: float, **about: Any) -> Any:
         yield cancelled
 
 
-def host_state(config: Config) -> State:
-    """The state; where only camus2 has been, without the proxy, the release that its link `current` names."""
-    current = read_link(config.path("current"))
-    known = any(os.path.exists(config.proxy_path(name)) for name in ("state.json", "journal.json"))
-    if config.proxy or known or not current:
-        return load_state(config)
-    name = os.path.basename(current)
-    return State(deploys={name: Deploy(name, f"{name}.zip", 0)}) if re.fullmatch(LABEL, name) else State()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -3677,12 +3665,6 @@ def remote_url(config: Config, *parts: str) -> str:
 
 def master_url(config: Config) -> str:
     return remote_url(config, "master", "state.json")
-
-
-def s3_object(url: str) -> List[str]:
-    """The arguments that name an object to `aws s3api`."""
-    bucket, _, key = url[len("s3://"):].partition("/")
-    return ["--bucket", bucket, "--key", key]
 
 
 def decode_master(source: str, url: str) -> State:
@@ -3773,9 +3755,8 @@ def change_master(host: Host, decide: Callable[[State], list]) -> None:
         raise C2Error(f"other masters have changed {master_url(host.config)} {MASTER_TRIES} times meanwhile; "
                       "try again")
     for action in actions:
-        told = describe(action)
-        host.log.info("master", f"{told['done']}: the master state says so now; the machines follow",
-                      **told["fields"])
+        _, done, fields = describe(action)
+        host.log.info("master", f"{done}: the master state says so now; the machines follow", **fields)
 
 
 def check_forgotten(config: Config) -> None:
@@ -4642,7 +4623,7 @@ def cmd_unpack(host: Host, args: Any) -> None:
         raise C2Error(f"{directory} is not empty; give a new directory")
     release_name(args.release, At("RELEASE", "", say))
     fetch_context(host)
-    staging = f"{directory}.{os.getpid()}.tmp"
+    staging = temp_name(directory)
     try:
         make_dir(os.path.dirname(directory))
         prepare_release(host, args.release, staging, load_context(host))
@@ -4804,7 +4785,7 @@ def interrupt(signum: int, frame: Any) -> None:
     raise Interrupted(signum)
 
 
-def perform(args: Any) -> None:
+def run_parsed(args: Any) -> None:
     """Run the parsed command with its host."""
     command = COMMANDS[args.command]
     if not command.host:
@@ -4817,8 +4798,8 @@ def perform(args: Any) -> None:
         command.function(host, args)
     except C2Error as e:
         if hasattr(args, "lock_wait") and not host.log.failed:      # refused before an action began
-            host.log.event("error", "refused" if isinstance(e, Refused) else "failed", str(e),
-                           exit=getattr(e, "exit", None), output=getattr(e, "output", ""))
+            host.log.event("error", "refused" if isinstance(e, Refused) else "failed", str(e), exit=e.exit,
+                           output=e.output)
         raise
 
 
@@ -4836,7 +4817,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         os.environ["C2_DEBUG"] = "1"
     before = {s: signal.signal(s, interrupt) for s in SIGNALS}
     try:
-        perform(args)
+        run_parsed(args)
         return 0
     except Interrupted as e:
         say(f"interrupted by {signal.Signals(e.signum).name}")
