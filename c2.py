@@ -384,9 +384,14 @@ def parse_json(source: str, what: str) -> Any:
     def constant(name: str) -> None:
         raise ConfigError(f"{what}: {name} is not JSON")
     try:
-        return json.loads(source, object_pairs_hook=once, parse_constant=constant)
+        value = json.loads(source, object_pairs_hook=once, parse_constant=constant)
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return value
     except RecursionError:
         raise ConfigError(f"{what}: nested too deeply") from None
+    except UnicodeEncodeError as e:
+        half = ascii(e.object[e.start])
+        raise ConfigError(f"{what}: {half} is half a character; write the other half, too") from None
     except ValueError as e:
         raise ConfigError(f"{what}: not valid JSON: {e}") from None
 

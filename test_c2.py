@@ -2045,7 +2045,7 @@ class Context(Sandbox):
         self.write("src/a.json", {"x": 1})
         self.c2("fetch-context")
         for content, words in [('{"secret": hush}', "not valid JSON.*line 1 column 12"),
-                               ('{"a":1,"a":2}', "twice"),
+                               ('{"a":1,"a":2}', "twice"), (r'["\ud800"]', "half a character"),
                                ("[NaN]", "NaN"), (b"\xff\xfe", "UTF-8"), ("", "not valid JSON")]:
             with open(self.path("src", "a.json"), "wb") as f:
                 f.write(content if isinstance(content, bytes) else content.encode())
