@@ -1688,7 +1688,7 @@ def masked(value: Any, secrets: List[str]) -> Any:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Files, log, lock and journal
+# Files, log, processes, lock and journal
 # ----------------------------------------------------------------------------------------------------------
 
 def make_dir(path: str, mode: int = 0o755) -> None:
@@ -1834,6 +1834,8 @@ def say(message: str) -> None:
 
 def emit(data: str) -> None:
     """Write data to stdout, as UTF-8 whatever the locale."""
+    if sys.stdout is None:
+        raise BrokenPipeError       # closed from the start
     raw = getattr(sys.stdout, "buffer", None)
     if raw is None:
         sys.stdout.write(data)
@@ -2010,10 +2012,7 @@ class Journal:
 
     @property
     def doing(self) -> str:
-        action = self.action
-        name = getattr(action, "end_point", None) or action.deploy.label
-        kind = type(action).__name__.lower()
-        return f"{kind} {name} (step {self.record['step']}, c2 {self.record['command']})"
+        return f"{describe(self.action)[1]} (step {self.record['step']}, c2 {self.record['command']})"
 
 
 def encode_action(action: Any) -> dict:
@@ -2371,11 +2370,16 @@ def s3_object(url: str) -> List[str]:
 
 def release_store(config: Config) -> Store:
     kind, base = config.releases
-    directory = base.rstrip("/") + "/"
     names, exists = {"localdir": (local_names, os.path.isfile), "s3": (s3_names, s3_exists),
                      "http": (http_names, http_exists)}[kind]
-    return Store(base, lambda: names(base), lambda name: exists(directory + name),
-                 lambda name, to: fetch(Choice(kind, directory + name), to))
+
+    def source(name: str) -> Choice:
+        if kind == "http":
+            from urllib.parse import quote
+            name = quote(name)
+        return Choice(kind, base.rstrip("/") + "/" + name)
+    return Store(base, lambda: names(base), lambda name: exists(source(name).value),
+                 lambda name, to: fetch(source(name), to))
 
 
 def local_names(base: str) -> List[str]:

@@ -1872,6 +1872,12 @@ class HttpStore(Sandbox):
                           self.c2("unpack", "y.zip", "out", code=1).err)
         self.assertRegex(self.c2("unpack", "x.zip", "out", code=1).err, "error: http://127.0.0.1.*refused")
 
+    def test_any_name(self):
+        with Served({"/rel/caf%C3%A9%231.zip": self.zip()}) as url:
+            self.configure(releases={"http": url + "/rel"})
+            self.c2("unpack", "caf\u00e9#1.zip", "out")
+        self.assertEqual(self.read("out", "hello"), "world" * 10000)
+
     def test_what_servers_do(self):
         whole = self.zip()
 
@@ -2608,7 +2614,7 @@ class NoProxy(OneHost):
         self.start_foreground("a.zip")
         ran = self.c2("start", "b.zip", "--lock-wait", "0.3", code=3)
         self.assertRegex(ran.err, r"c2 start a.zip \(pid \d+, in step start\) still works .* --lock-wait")
-        self.assertIn("under way: create a (step start", self.c2("status").err)
+        self.assertIn("under way: start a (step start", self.c2("status").err)
         for bad in ("-1", "nan", "x"):
             self.c2("start", "b.zip", "--lock-wait", bad, code=2)
 
@@ -2908,6 +2914,10 @@ class CommandLine(Sandbox):
         err = process.stderr.read()
         process.stderr.close()
         self.assertEqual((process.wait(), err), (141, b""))
+
+        closed = subprocess.run(["sh", "-c", '"$0" "$@" >&-', sys.executable, C2, "help"],
+                                stderr=subprocess.PIPE)
+        self.assertEqual((closed.returncode, closed.stderr), (141, b""))
 
     def test_any_locale(self):
         self.configure()
@@ -6470,7 +6480,7 @@ class LockAndJournal(Faulty):
         os.kill(holder[0], signal.SIGKILL)
         self.await_c2(holder, -9)
         ran = self.await_c2(patient, 3)
-        self.assertRegex(ran.err, r"was killed: create slow \(step start.*\n.*ended the command that it left")
+        self.assertRegex(ran.err, r"was killed: start slow.* \(step start.*\n.*ended the command that it")
         self.check()
 
     def test_a_stale_lock_file_is_no_lock(self):
