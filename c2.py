@@ -372,28 +372,28 @@ class Release(NamedTuple):
 
 
 def parse_json(source: str, what: str) -> Any:
-    """The value of a JSON document; ConfigError for what JSON has not, NaN say, and for a duplicate key."""
+    """The value of a JSON document; C2Error for what JSON has not, NaN say, and for a duplicate key."""
     def once(pairs: list) -> dict:
         found = dict(pairs)
         if len(found) != len(pairs):
             keys = [key for key, _ in pairs]
             twice = next(key for key in keys if keys.count(key) > 1)
-            raise ConfigError(f"{what}: the key {twice} stands there twice")
+            raise C2Error(f"{what}: the key {twice} stands there twice")
         return found
 
     def constant(name: str) -> None:
-        raise ConfigError(f"{what}: {name} is not JSON")
+        raise C2Error(f"{what}: {name} is not JSON")
     try:
         value = json.loads(source, object_pairs_hook=once, parse_constant=constant)
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
+        json.dumps(value, ensure_ascii=False).encode("utf-8")       # fails where a file could not hold it
         return value
     except RecursionError:
-        raise ConfigError(f"{what}: nested too deeply") from None
+        raise C2Error(f"{what}: nested too deeply") from None
     except UnicodeEncodeError as e:
         half = ascii(e.object[e.start])
-        raise ConfigError(f"{what}: {half} is half a character; write the other half, too") from None
+        raise C2Error(f"{what}: {half} is half a character; write the other half, too") from None
     except ValueError as e:
-        raise ConfigError(f"{what}: not valid JSON: {e}") from None
+        raise C2Error(f"{what}: not valid JSON: {e}") from None
 
 
 def decode_config(value: Any, base: str, warn: Callable[[str], None]) -> Config:
@@ -1726,10 +1726,7 @@ def load_json(path: str, what: str) -> Any:
     source = read_file(path)
     if source is None:
         raise C2Error(f"{what}: there is no file {path}")
-    try:
-        return parse_json(source, what)
-    except ConfigError as e:
-        raise C2Error(str(e)) from None
+    return parse_json(source, what)
 
 
 @contextlib.contextmanager
@@ -2037,7 +2034,7 @@ def read_journal(path: str) -> Optional[Journal]:
         group = journal.record["group"]
         if journal.doing and (group is None or {*group} == {*identity(0)}):
             return journal
-    except (ConfigError, KeyError, TypeError, AttributeError):
+    except (C2Error, KeyError, TypeError, AttributeError):
         pass
     raise C2Error(f"{path} is not a journal of c2; look at what it was about and remove it")
 
@@ -2081,7 +2078,8 @@ def locked(host: Host, wait: float, cancels: Optional[Callable[[dict], bool]] = 
                 holder = read_holder(config)
             if holder and cancels and not cancelled and cancels(holder):
                 say(f"ending {describe_holder(config, holder)}")
-                os.kill(holder["pid"], signal.SIGTERM)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(holder["pid"], signal.SIGTERM)
                 cancelled, told = True, True
                 deadline = max(deadline, time.monotonic() + 60)
             if time.monotonic() >= deadline:
@@ -2474,7 +2472,7 @@ def load_config(given: Optional[str], warn: Callable[[str], None] = say) -> Conf
     try:
         value = parse_json(source, "the document") if extension == ".json" else parse_yaml(source)
         return decode_config(value, base, lambda message: warn(f"warning: {path}: {message}"))
-    except ConfigError as e:
+    except C2Error as e:
         raise ConfigError(f"{path}: {e}") from None
 
 
@@ -3657,8 +3655,6 @@ def changing(host: Host, wait: float, **about: Any) -> Any:
         yield cancelled
 
 
-
-
 # ----------------------------------------------------------------------------------------------------------
 # The fleet: the master's state in S3, the machines that follow it, and what they report
 # ----------------------------------------------------------------------------------------------------------
@@ -3681,10 +3677,7 @@ def decode_master(source: str, url: str) -> State:
 
     Stricter than a host's own: what a half-written document leaves out, every machine would take down.
     """
-    try:
-        value = parse_json(source, url)
-    except ConfigError as e:
-        raise C2Error(str(e)) from None
+    value = parse_json(source, url)
     absent = [key for key in ("deploys", "connections") if not isinstance(value, dict) or key not in value]
     if absent:
         raise C2Error(f"{url} has no {absent[0]}, so it is no state")
