@@ -1744,14 +1744,15 @@ def temp_name(path: str) -> str:
     return f"{path}.{os.getpid()}~"
 
 
-def replace_file(path: str, content: str, mode: int = 0o644) -> None:
+def replace_file(path: str, content: Any, mode: int = 0o644) -> None:
     """Write a file whole or not at all: to a temporary name, to the disk, then renamed into place."""
+    data = content.encode("utf-8") if isinstance(content, str) else content
     temp = temp_name(path)
     try:
         fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
         with naming(path), open(fd, "wb") as f:
             os.fchmod(f.fileno(), mode)
-            f.write(content.encode("utf-8"))
+            f.write(data)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temp, path)
