@@ -6434,7 +6434,7 @@ class FaultsWithCertificates(EveryFault, Faulty):
         self.run_c2("shutdown-frontend-proxy")
         for path in ("opt", "deploys/frontend-proxy/certs", "deploys/frontend-proxy/conf",
                      "deploys/frontend-proxy/nginx.ctx.json", "deploys/frontend-proxy/docker-compose.yml"):
-            c2.remove_tree(self.path(path))
+            c2.remove(self.path(path))
         self.due(())
 
     def after_strike(self, mode, command, ran, served):
