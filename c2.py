@@ -4367,8 +4367,6 @@ def change(host: Host, args: Any, decide: Callable[[State], list],
 
     subject: tells the label whose failed recovery is tried again first; about: for the lock's holder.
     """
-    if args.wait is not None and not host.config.remote:
-        raise ConfigError("--wait waits for the machines of a fleet, but remoteStateS3 is not configured")
     if host.config.remote:
         change_master(host, decide)
         return None if args.wait is None else await_fleet(host, args.wait)
@@ -4794,6 +4792,8 @@ def run_parsed(args: Any) -> None:
     if not command.host:
         return command.function(None, args)
     config = load_config(getattr(args, "config", None))
+    if getattr(args, "wait", None) is not None and not config.remote:
+        raise ConfigError("--wait waits for the machines of a fleet, but remoteStateS3 is not configured")
     shown = " ".join([args.command] + [str(v) for k, v in sorted(vars(args).items())
                                        if k in ("release", "deploy", "end_point") and v])
     host = Host(config, Log(config.log_file, shown), config.command_timeout_secs)

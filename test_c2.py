@@ -2608,6 +2608,13 @@ class NoProxy(OneHost):
         self.assertTrue(any("waiting for c2 start r" in ran.err for ran in ends))
         self.assertEqual(len([e for e in self.log() if e["event"] == "done"]), 20)
 
+    def test_wait_is_for_a_fleet(self):
+        self.marked("one.zip")
+        self.c2("start", "one.zip")
+        for args in ("start", "one.zip"), ("stop", "one"):
+            self.assertIn("--wait waits for the machines", self.c2(*args, "--wait", "9", code=2).err)
+        self.assertEqual(self.current(), "one")
+
     def test_lock_wait(self):
         self.release("a.zip", startCommand=self.front())
         self.marked("b.zip")
