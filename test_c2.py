@@ -7,6 +7,7 @@ repeats the random tests of a failed run.
 """
 import contextlib
 import errno
+import fnmatch
 import functools
 import glob
 import hashlib
@@ -4582,6 +4583,80 @@ Journal.step = strike''')
         self.assertIn("removed 0", self.c2("slave-flush").err)
         for name in ("old", "new"):
             self.assertRaises(urllib.error.HTTPError, self.report, name)
+
+    def test_the_example_policies_allow_what_is_asked_for_and_no_more(self):
+        directory = os.path.join(HERE, "examples", "fleet")
+        with open(os.path.join(directory, "camus2.yaml")) as f:
+            config = c2.parse_yaml(f.read())
+        config["deployMode"]["proxy"]["slaveInterfaceName"] = "lo"
+        self.configure(**dict({key: config[key] for key in ("releases", "configSources", "healthCheck")},
+                              deployMode=config["deployMode"]))
+        bucket = "s3://example-fleet"
+        self.ask_s3("PUT", bucket)
+        self.release("web-1.zip")
+        with open(self.path("releases", "web-1.zip"), "rb") as f:
+            self.ask_s3("PUT", bucket + "/web/releases/web-1.zip", f.read())
+        self.ask_s3("PUT", bucket + "/web/app.json", b"{}")
+        env = self.fake_aws('echo "$*" >> %s\nfor a; do case $a in file://*) cat "${a#file://}" >> %s;; '
+                            'esac; done\nexec $REAL "$@"' % (self.path("calls"), self.path("flushed")))
+        asked = {"slave": set(), "master": {("s3:DeleteObject", "/web/state/slaves/i-1/state.json")}}
+        for role, commands in (("master", ("start web-1.zip", "status", "list-releases")),
+                               ("slave", ("slave-update",)),
+                               ("master", ("connect main web-1", "status --show-slaves", "wait 0"))):
+            for command in commands:
+                self.c2(*command.split(), env=env, code=None)
+            asked[role].update(self.rights(self.read("calls")))
+            os.remove(self.path("calls"))
+        self.tune("FLUSH_SECS = -5")
+        self.assertIn("removed 1 slave", self.c2("slave-flush", env=env).err)
+        self.assertEqual({"web/state/slaves/i-0123456789abcdef0/state.json"},
+                         {o["Key"] for o in json.loads(self.read("flushed"))["Objects"]})
+        for role in asked:
+            with open(os.path.join(directory, "iam-%s.json" % role)) as f:
+                statements = json.load(f)["Statement"]
+            used = set()
+            for action, resource in sorted(asked[role]):
+                allowing = [(number, pattern) for number, pattern, actions in self.grants(statements)
+                            if action in actions and fnmatch.fnmatchcase(resource, pattern)]
+                self.assertTrue(allowing, "%s may not %s %s" % (role, action, resource))
+                used.update((number, pattern, action) for number, pattern in allowing)
+            granted = {(number, pattern, action) for number, pattern, actions in self.grants(statements)
+                       for action in actions}
+            # The user data reads web/c2/; without the right to list, a missing object would be a 403.
+            needless = {(pattern, action) for _, pattern, action in granted - used}
+            self.assertEqual({("/web/c2/*", "s3:GetObject"), ("?web/*", "s3:ListBucket")} if role == "slave"
+                             else set(), needless)
+
+    def grants(self, statements):
+        """(number, pattern of a key or of ?PREFIX, actions) of a policy's statements."""
+        for number, statement in enumerate(statements):
+            resources, actions, prefixes = ([x] if isinstance(x, str) else x for x in (
+                statement["Resource"], statement["Action"],
+                statement.get("Condition", {}).get("StringLikeIfExists", {}).get("s3:prefix", [])))
+            self.assertEqual("Allow", statement["Effect"])
+            for resource in resources:
+                key = resource[len("arn:aws:s3:::example-fleet"):]
+                self.assertEqual(bool(prefixes), not key)
+                for pattern in [key] if key else ["?" + prefix for prefix in prefixes]:
+                    yield number, pattern, actions
+
+    def rights(self, calls):
+        """What a log of the aws CLI's arguments needs: (action, /KEY or ?PREFIX)."""
+        url = "s3://example-fleet"
+        for call in calls.splitlines():
+            words = call.split()
+            option = dict(zip(words, words[1:]))
+            kind, key = " ".join(words[:2]), "/" + option.get("--key", "")
+            if kind in ("s3api get-object", "s3api head-object", "s3api put-object"):
+                yield "s3:PutObject" if "put" in kind else "s3:GetObject", key
+            elif kind in ("s3 cp", "s3 presign"):
+                yield "s3:GetObject", words[2][len(url):]
+            elif kind == "s3 sync":
+                yield "s3:ListBucket", "?" + words[2][len(url) + 1:]
+                yield "s3:GetObject", words[2][len(url):] + "i-1/state.json"
+            else:
+                self.assertEqual("s3api list-objects-v2", kind)
+                yield "s3:ListBucket", "?" + option["--prefix"]
 
     def test_the_instance_id_is_the_label(self):
         keys = self.keys("x")
