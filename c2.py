@@ -1411,6 +1411,7 @@ NGINX_LINKS = "cd /etc/nginx; ln -sf c2/conf/nginx.conf c2/conf/candidate.conf .
 NGINX_START = NGINX_LINKS + "; exec nginx -g 'daemon off;'"
 PROXY_DIRS = ("conf", "live", "ports", "certs")     # mounted into the container, below /etc/nginx/c2
 CERTS_IN_PROXY = "/etc/nginx/c2/certs/"
+CERTBOT_FILES = ("cert", "chain", "fullchain", "privkey")
 
 
 def port_of(state: State, end_point: str) -> Optional[int]:
@@ -3320,23 +3321,44 @@ def generate_certificate(host: Host, state: State) -> None:
                   f"until {certificate.until}, for {certificate.days_left(time.time())} days")
 
 
-def run_certbot(host: Host) -> None:
-    """Run certbot in its container; CommandFailed with its own reason."""
-    config, name = host.config, f"{host.config.proxy.container_name}-certbot"
-    letsencrypt = letsencrypt_dirs(config)[0]
-    known = read_file(os.path.join(letsencrypt, "renewal", f"{config.auto_cert_name}.conf")) or ""
-    server = "".join(re.findall(r"^server = (.+)$", known, re.M))
-    # That of another authority is not kept until it is due; least of all one that was for trying out.
-    elsewhere = server not in ("", config.acme_server) if config.acme_server else "staging" in server
-    archive = os.path.join(letsencrypt, "archive", config.auto_cert_name)
+def known_to_certbot(host: Host) -> str:
+    """What certbot has recorded of the certificate, "" without one.
+
+    Where a kill, or power lost, has left it half made, it is moved away: certbot would make another beside
+    it, and one more each time.
+    """
+    base, name = letsencrypt_dirs(host.config)[0], host.config.auto_cert_name
+    conf, live, archive = (os.path.join(base, part) for part in (f"renewal/{name}.conf", f"live/{name}",
+                                                                 f"archive/{name}"))
+    known, files, pair = read_file(conf) or "", list_dir(live), generated_files(host.config)
+    whole = (re.search("(?m)^fullchain = ", known) and not any(f.startswith("previous_") for f in files)
+             and all(os.path.exists(os.path.join(live, f"{kind}.pem")) for kind in CERTBOT_FILES)
+             and pair_fault(pair, pair[1]) in ("", "is too weak"))
+    left = [path for path in (conf, live, archive) if not whole and os.path.lexists(path)]
+    if left:
+        torn = os.path.join(base, "torn", utc_now())
+        make_dir(torn, 0o700)
+        for path in left:
+            os.rename(path, os.path.join(torn, path[len(base) + 1:].replace("/", "-")))
+        host.log.warn("certbot", f"certbot's certificate {name} is half made; it is in {torn} now, and "
+                      "another is made")
     for file in list_dir(archive):
         if file.startswith("privkey"):      # certbot gives a new key the mode of the old one
             os.chmod(os.path.join(archive, file), 0o600)
+    return known if whole else ""
+
+
+def run_certbot(host: Host) -> None:
+    """Run certbot in its container; CommandFailed with its own reason."""
+    config, name = host.config, f"{host.config.proxy.container_name}-certbot"
 
     def end() -> None:
         with contextlib.suppress(CommandFailed):
             run(["docker", "rm", "-f", name])
     end()           # one that a killed c2 left
+    server = "".join(re.findall(r"^server = (.+)$", known_to_certbot(host), re.M))
+    # That of another authority is not kept until it is due; least of all one that was for trying out.
+    elsewhere = server not in ("", config.acme_server) if config.acme_server else "staging" in server
     try:
         compose(host, "run", "--rm", "-T", "--name", name, "certbot", *certbot_args(config, elsewhere),
                 merge=True)

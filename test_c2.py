@@ -5637,9 +5637,10 @@ class CertificatesServed(Sandbox):
         found = 0
         for top in (self.path("opt"), self.path("deploys")):
             for directory, _, files in os.walk(top):
-                for path in (os.path.join(directory, file) for file in files):
+                paths = [os.path.join(directory, file) for file in files]
+                for path in [path for path in paths if not os.path.islink(path)]:
                     with open(path, errors="replace") as f:
-                        if not os.path.islink(path) and re.search('PRIVATE KEY|"d": ?"', f.read()):
+                        if re.search('PRIVATE KEY|"d": ?"', f.read()):
                             found += 1
                             self.assertEqual(os.stat(path).st_mode & 0o077, 0, path)
         self.assertGreater(found, 2)        # certbot's, the account's, the copies
@@ -5769,6 +5770,18 @@ class CertificatesServed(Sandbox):
         self.c2("generate-ssl-certificate")
         self.assertEqual(certbots(), [])
         self.assertNotEqual(self.session(hosts[0])[2], before)
+        # What certbot leaves when it is killed, or power goes, while it writes; it would make a second one.
+        live = self.path("opt/etc/letsencrypt/live/camus2cert/")
+        for tear in (lambda: os.unlink(live + "privkey.pem"),
+                     lambda: os.symlink("privkey.pem", live + "previous_privkey.pem"),
+                     lambda: self.write("opt/etc/letsencrypt/renewal/camus2cert.conf", "")):
+            tear()
+            before = self.session(hosts[0])[2]
+            with self.load(hosts[0]):
+                self.assertIn("is new, and served", self.c2("generate-ssl-certificate").err)
+            self.assertNotEqual(self.session(hosts[0])[2], before)
+            self.assertEqual(os.listdir(self.path("opt/etc/letsencrypt/renewal")), ["camus2cert.conf"])
+        self.assertEqual(len(os.listdir(self.path("opt/etc/letsencrypt/torn"))), 3)
 
     def own_template(self, hosts):
         template = """events {} http {
@@ -6458,7 +6471,7 @@ class FaultsWithCertificates(EveryFault, Faulty):
                "program fails late": 2}
 
     def set_up_host(self):
-        live, generated = self.path("opt/etc/letsencrypt/live/camus2cert"), {"httpsWithRedirect": "generated"}
+        generated = {"httpsWithRedirect": "generated"}
         self.configure(
             configSources={"source": {"file": "../source.json"}}, commandTimeoutSecs=self.timeout,
             letsencryptPrefixDir="../opt", letsencryptWwwDir="../www", autoCertContactEmail="a@example.com",
@@ -6467,9 +6480,14 @@ class FaultsWithCertificates(EveryFault, Faulty):
                               "other": {"serverNames": ["other.test"], "etype": "httpOnly"}},
                 "httpPort": self.ports, "httpsPort": self.ports + 40, "readyTimeoutSecs": .5,
                 "dynamicPortRange": [self.ports + 1, self.ports + 40], "drainTimeoutSecs": .3}})
-        # Like certbot, it has the new files first, and then points its links there, one by one.
-        self.write("fake/certbot", "mkdir -p %s && cd %s && for f in fullchain privkey; do "
-                   "ln -sfn ../../../$f$(cat ../../../../../next).pem $f.pem; done" % (live, live))
+        # Like certbot, it has the new files first, and then points its links there, one by one; and it makes
+        # another certificate where the first is not whole.
+        self.write("fake/certbot", "n=$(cat {0}/next); cd {0}/opt/etc/letsencrypt; l=live/camus2cert; "
+                   "[ ! -e $l ] || ( grep -q fullchain renewal/camus2cert.conf && cat $l/* >/dev/null ) || "
+                   "l=live/camus2cert-0001; mkdir -p $l renewal; "
+                   "printf '\\nfullchain = /x\\n' >renewal/camus2cert.conf;"
+                   "for f in cert chain fullchain privkey; do ln -sfn ../../../$f$n.pem $l/$f.pem; done"
+                   .format(self.dir))
 
     def serve(self):
         super().serve()
@@ -6506,9 +6524,12 @@ class FaultsWithCertificates(EveryFault, Faulty):
         number = int(c2.read_file(self.path("next")) or 0) + 1
         os.makedirs(self.path("opt/etc/letsencrypt"), exist_ok=True)
         pair = make_certificate(self.dir, "made", ["main.test"])
-        for name, made in zip(("fullchain", "privkey"), pair):
-            os.replace(made, self.path("opt/etc/%s%d.pem" % (name, number)))
+        for name, made in zip(("fullchain", "privkey", "cert", "chain"), pair + pair[:1] * 2):
+            shutil.copy(made, self.path("opt/etc/%s%d.pem" % (name, number)))
         self.write("next", str(number))
+        torn = self.path("opt/etc/letsencrypt/live/camus2cert/privkey.pem")
+        if number % 2 and os.path.lexists(torn):
+            os.unlink(torn)         # certbot was killed
         self.before = c2.presented(self.ports + 40, "main.test")
 
     def fresh(self, _):
