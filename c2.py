@@ -3214,7 +3214,7 @@ def pair_fault(pair: List[str], key: str) -> str:
 
 def copy_certificate(config: Config, name: str, kind: str, source: List[str]) -> Optional[List[str]]:
     """Copy an endpoint's certificate and its key to `certs/`, and check them there, where nobody changes
-    them; None where there is none yet.
+    them; those in use where certbot has none, and None where there are none yet.
 
     The names of the copies change with the content. So does the configuration, and nginx takes a certificate
     as it takes anything else; until then it has what it had. Raises C2Error for one that can't serve.
@@ -3222,7 +3222,7 @@ def copy_certificate(config: Config, name: str, kind: str, source: List[str]) ->
     import hashlib
     hosts, generated = config.end_points[name].server_names, kind == "generated"
     if generated and not os.path.exists(source[0]):
-        return None
+        return served_certificates(last_context(config)).get(name)
     content = [read_pem(path) for path in source]
     digest = hashlib.sha256(b"".join(content)).hexdigest()[:16]
     files = [f"{name}-{digest}.crt", f"{name}-{digest}.key"]

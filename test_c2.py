@@ -5449,7 +5449,12 @@ class CertificateFiles(unittest.TestCase):
         made = make_certificate(self.dir, "le", ["www.example.com"])
         for path, to in zip(made, c2.generated_files(config)):
             shutil.move(path, to)
-        self.assertEqual(list(c2.install_certificates(host)), ["main"])     # shop waits for the next
+        found = c2.install_certificates(host)
+        self.assertEqual(list(found), ["main"])     # shop waits for the next
+        c2.replace_file(config.proxy_path("nginx.ctx.json"), json.dumps({"c2": {}, "endPoints": [
+            {"https": {"label": "main", "sslCertPath": found["main"][0], "sslCertKeyPath": found["main"][1]}}]}))
+        shutil.rmtree(live)
+        self.assertEqual(c2.install_certificates(host), found)      # what serves stays
 
 
 class CertificateExample(unittest.TestCase):
@@ -6545,6 +6550,7 @@ class FaultsWithCertificates(EveryFault, Faulty):
         if self.before:
             self.assertIn(c2.presented(self.ports + 40, "main.test"), (self.before, new), "after the fault")
         super().after_strike(mode, command, ran, served)
+        self.run_c2("connect", "main", "a")
         if self.before:
             self.assertIn(c2.presented(self.ports + 40, "main.test"), (self.before, new), "after a command")
         self.run_c2("generate-ssl-certificate")
