@@ -5276,6 +5276,12 @@ class CertificateFiles(unittest.TestCase):
     def copies(self):
         return sorted(os.listdir(self.dir + "/deploys/frontend-proxy/certs"))
 
+    def in_use(self, host, pair):
+        """Let nginx have this pair for main."""
+        main = {"label": "main", "sslCertPath": pair[0], "sslCertKeyPath": pair[1]}
+        c2.replace_file(host.config.proxy_path("nginx.ctx.json"),
+                        json.dumps({"c2": {}, "endPoints": [{"https": main}]}))
+
     def test_a_pair_is_copied_for_root_alone_and_again_when_it_changes(self):
         pair = make_certificate(self.dir, "one", ["www.example.com", "*.x.example.com"])
         os.chmod(pair[1], 0o644)
@@ -5299,8 +5305,7 @@ class CertificateFiles(unittest.TestCase):
         certificate = c2.read_certificate(pair[0])
         self.assertEqual(certificate.names, ["www.example.com", "*.x.example.com"])
         self.assertIn(certificate.days_left(time.time()), (89, 90))
-        c2.replace_file(host.config.proxy_path("nginx.ctx.json"), json.dumps({"c2": {}, "endPoints": [
-            {"https": {"label": "main", "sslCertPath": second[0], "sslCertKeyPath": second[1]}}]}))
+        self.in_use(host, second)
         c2.remove_old_certificates(host.config)
         self.assertEqual(self.copies(), sorted(os.path.basename(path) for path in second))
         self.assertEqual(c2.status_certificates(host.config), {"main": certificate})
@@ -5403,8 +5408,7 @@ class CertificateFiles(unittest.TestCase):
         pair = make_certificate(self.dir, "one", ["www.example.com"])
         host = self.host(pair)
         used = c2.install_certificates(host)["main"]
-        c2.replace_file(host.config.proxy_path("nginx.ctx.json"), json.dumps({"c2": {}, "endPoints": [
-            {"https": {"label": "main", "sslCertPath": used[0], "sslCertKeyPath": used[1]}}]}))
+        self.in_use(host, used)
         later = time.time() + 91 * 86400
         with mock.patch.object(c2.time, "time", lambda: later), \
                 contextlib.redirect_stderr(io.StringIO()) as said:
@@ -5421,8 +5425,7 @@ class CertificateFiles(unittest.TestCase):
         pair = make_certificate(self.dir, "one", ["www.example.com"], days=10)
         host = self.host(pair)
         used = c2.install_certificates(host)["main"]
-        c2.replace_file(host.config.proxy_path("nginx.ctx.json"), json.dumps({"c2": {}, "endPoints": [
-            {"https": {"label": "main", "sslCertPath": used[0], "sslCertKeyPath": used[1]}}]}))
+        self.in_use(host, used)
         cases = (True, {}, True), (True, {"NO_COLOR": "1"}, False), (False, {}, False)
         for terminal, env, coloured in cases:
             out = mock.Mock(wraps=io.StringIO(), isatty=lambda terminal=terminal: terminal, buffer=None)
@@ -5451,8 +5454,7 @@ class CertificateFiles(unittest.TestCase):
             shutil.move(path, to)
         found = c2.install_certificates(host)
         self.assertEqual(list(found), ["main"])     # shop waits for the next
-        c2.replace_file(config.proxy_path("nginx.ctx.json"), json.dumps({"c2": {}, "endPoints": [
-            {"https": {"label": "main", "sslCertPath": found["main"][0], "sslCertKeyPath": found["main"][1]}}]}))
+        self.in_use(host, found["main"])
         shutil.rmtree(live)
         self.assertEqual(c2.install_certificates(host), found)      # what serves stays
 
