@@ -6474,6 +6474,7 @@ class PowerCutsWithoutTheProxy(PowerCuts, Replacing):
 class FaultsWithCertificates(EveryFault, Faulty):
     """The first certificate of a host, and renewals, with a fault at each effect; certbot is a fake."""
 
+    timeout = 20        # of a release's commands, none of which is struck
     strides = {"kill": 3, "signal": 5, "disk full": 7, "program hangs": 3, "program fails": 2,
                "program fails late": 2}
 
