@@ -3705,13 +3705,15 @@ def decode_master(source: str, url: str) -> State:
     if absent:
         raise C2Error(f"{url} has no {absent[0]}, so it is no state")
     state = decode_state(value, url)
-    for deploy in state.deploys.values():
-        if not deploy.port or len([d for d in state.deploys.values() if d.port == deploy.port]) > 1:
-            raise C2Error(f"{url}: {deploy.label} has no port of its own, but {deploy.port}")
+    taken = {}      # type: Dict[tuple, str]
+    for name, deploy in state.deploys.items():
         try:
-            check_label(deploy.label, state)
+            check_label(name, State())
         except C2Error as e:
             raise C2Error(f"{url}: {e}") from None
+        for what, its in (("port", deploy.port), ("docker compose project", compose_project(name))):
+            if not its or taken.setdefault((what, its), name) != name:
+                raise C2Error(f"{url}: {name} has no {what} of its own, but {its}")
     return state
 
 

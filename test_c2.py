@@ -4690,6 +4690,12 @@ class FleetWords(unittest.TestCase):
         for source in ("", "{", '{"deploys": {}, "connections": {}', "\ufffd", "NaN", "[" * 100000):
             with self.assertRaises(c2.C2Error):
                 c2.decode_master(source, "URL")
+        many = {"d%d" % n: {"label": "d%d" % n, "release": "r.zip", "port": 1000 + n} for n in range(5000)}
+        began = time.monotonic()
+        c2.decode_master(json.dumps({"deploys": many, "connections": {}, "later": [1]}), "URL")
+        self.assertLess(time.monotonic() - began, 5)
+        with self.assertRaisesRegex(c2.C2Error, "^URL: the key deploys stands there twice"):
+            c2.decode_master('{"deploys": {}, "connections": {}, "deploys": {}}', "URL")
 
     def test_complaints(self):
         mode = c2.ProxyMode({e: c2.EndPoint(["x"], c2.Choice("httpOnly")) for e in ("main", "other")})
