@@ -1652,13 +1652,13 @@ def status_text(config: Config, state: State, runs: Dict[str, bool], certificate
         lines += ["Certificates:", *certificates, ""]
     lines.append("Deploys:")
     for name, deploy in sorted(state.deploys.items()):
-        shown = name if name == deploy.release else f"{name} ({deploy.release})"
+        shown = "" if name == deploy.release else f" ({deploy.release})"
         facts = [f"(localhost:{deploy.port})"] if deploy.port else []
         if name in runs:
             facts.append("answers" if runs[name] else "DOES NOT ANSWER")
         if state.since.get(name):
             facts.append(f"since {state.since[name][:16].replace('T', ' ')} UTC")
-        lines.append(": ".join([f"  {shown}"] + [" ".join(facts)] * bool(facts)))
+        lines.append(f"  {name}{shown}" + (": " + " ".join(facts) if facts else ""))
     if not state.deploys:
         lines.append("  (none)")
     return "\n".join(lines)
@@ -2434,9 +2434,10 @@ def require_release(config: Config, name: str) -> None:
 
 def find_config(given: Optional[str]) -> str:
     """Where the configuration is: --config, else $CAMUS2_CONFIG, else beside c2 in ../etc."""
-    named = given or os.environ.get("CAMUS2_CONFIG")
-    if named:
-        return named
+    if given is not None:       # an empty one, too: better none than another
+        return given
+    if os.environ.get("CAMUS2_CONFIG"):
+        return os.environ["CAMUS2_CONFIG"]
     etc = os.path.join(os.path.dirname(os.path.dirname(os.path.realpath(__file__))), "etc")
     tried = [os.path.join(etc, name) for name in ("camus2.json", "camus2.yaml", "camus2.yml")]
     for path in tried:
@@ -2452,7 +2453,7 @@ def load_config(given: Optional[str], warn: Callable[[str], None] = say) -> Conf
     web = path.startswith(("http://", "https://"))
     extension = os.path.splitext(path.partition("?")[0] if web else path)[1]
     if extension not in (".json", ".yaml", ".yml"):
-        raise ConfigError(f"{path}: a configuration is a .json, .yaml or .yml file")
+        raise ConfigError(f"{path or '--config'}: a configuration is a .json, .yaml or .yml file")
     base = ""
     try:
         if path.startswith("s3://"):
@@ -3113,10 +3114,12 @@ def bring_up(host: Host, former: Host, there: bool, undo: list) -> None:
 
 def require_free_ports(config: Config, https: bool) -> None:
     """Raise if another program holds a port of the proxy: nginx would try for 2.5 s, and again for ever."""
-    ports = {"httpPort": config.proxy.http_port, "httpsPort": config.proxy.https_port}
-    for key in ("httpPort", "httpsPort")[:1 + https]:
-        if port_taken(ports[key]):
-            raise C2Error(f"another program holds port {ports[key]}, which the proxy needs; `ss -ltnp` shows "
+    needed = {"httpPort": config.proxy.http_port}
+    if https:
+        needed["httpsPort"] = config.proxy.https_port
+    for key, port in needed.items():
+        if port_taken(port):
+            raise C2Error(f"another program holds port {port}, which the proxy needs; `ss -ltnp` shows "
                           f"which; end it, or set deployMode.proxy.{key}")
 
 
@@ -4782,7 +4785,7 @@ def parser() -> Any:
             found = re.search(r"invalid choice: '([^']*)'", message)
             if found:
                 message = f"there is no command {found.group(1)}{nearest(found.group(1), list(COMMANDS))}"
-            elif message.startswith("unrecognized"):    # as of `connect main --force web`
+            elif re.match("unrecognized arguments: [^-]", message):     # as of `connect main --force web`
                 message += " (options stand before or after the names, not between them)"
             self.exit(2, f"c2: {message}; see {self.prog} --help\n")
 

@@ -2908,6 +2908,8 @@ class CommandLine(Sandbox):
                             (["status", "x"], "unrecognized"), (["--nope"], "COMMAND|unrecognized|nope"),
                             (["start", "a", "--lock-wait"], "--lock-wait"), (["unpack", "x"], "DIR"),
                             (["connect", "main", "--force", "x"], "between them|configuration"),
+                            (["list-releases", "--watch", "3"], "arguments: --watch 3; see"),
+                            (["--config", "", "status"], "--config: a configuration is a .json"),
                             (["show-log", "-n", "9" * 20], "-n: 9+ is not a number from 0 to")]:
             ran = self.c2(*args, code=2)
             self.assertRegex(ran.err, words)
