@@ -6025,6 +6025,8 @@ class Strike(object):
         c2.await_command = lambda *a: self.hit("running", None) or await_command(*a)
         if "hang" in self.mode:
             c2.run = lambda args, *a, **options: run(args, .5, *a[1:], **c2.without(options, "timeout"))
+            load_config = c2.load_config
+            c2.load_config = lambda *a: load_config(*a)._replace(command_timeout_secs=.6)
 
     def hit(self, what, kind):
         """Count an effect; at the n-th, kill this process, or tell that it is to fail."""
@@ -6075,7 +6077,7 @@ class Strike(object):
 class Faulty(Sandbox):
     """A host with a fake docker and real apps, whose c2 runs in forks of this process; and what must hold."""
 
-    proxy, timeout, boot = True, .6, 0
+    proxy, boot = True, 0
     stop_command = "kill $(cat pid) && rm pid"
 
     def setUp(self):
@@ -6111,10 +6113,10 @@ class Faulty(Sandbox):
                  "readyTimeoutSecs": .5, "drainTimeoutSecs": .3}
         if self.proxy:
             self.configure(configSources={"source": {"file": "../source.json"}}, deployMode={"proxy": proxy},
-                           commandTimeoutSecs=self.timeout)
+                           commandTimeoutSecs=20)
         else:
             self.configure(configSources={"source": {"awsSecretArn": "arn:x"}},
-                           commandTimeoutSecs=self.timeout, releases={"s3": "s3://bucket/releases"})
+                           commandTimeoutSecs=20, releases={"s3": "s3://bucket/releases"})
 
     def serve(self):
         """nginx, as far as c2 asks it: where do the links point? It listens while the container is up."""
@@ -6482,14 +6484,13 @@ class PowerCutsWithoutTheProxy(PowerCuts, Replacing):
 class FaultsWithCertificates(EveryFault, Faulty):
     """The first certificate of a host, and renewals, with a fault at each effect; certbot is a fake."""
 
-    timeout = 20        # of a release's commands, none of which is struck
     strides = {"kill": 3, "signal": 5, "disk full": 7, "program hangs": 3, "program fails": 2,
                "program fails late": 2}
 
     def set_up_host(self):
         generated = {"httpsWithRedirect": "generated"}
         self.configure(
-            configSources={"source": {"file": "../source.json"}}, commandTimeoutSecs=self.timeout,
+            configSources={"source": {"file": "../source.json"}}, commandTimeoutSecs=20,
             letsencryptPrefixDir="../opt", letsencryptWwwDir="../www", autoCertContactEmail="a@example.com",
             deployMode={"proxy": {
                 "endPoints": {"main": {"serverNames": ["main.test"], "etype": generated},
@@ -6960,7 +6961,6 @@ class Hostile(Faulty):
 class Secrets(Faulty):
     """No secret of a config source is in a log, the state, the journal, a message or a list of processes."""
 
-    timeout = 20
     SECRET, KEPT = "hunter2-planted-secret", "swordfish-planted"
 
     def setUp(self):
