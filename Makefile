@@ -15,6 +15,7 @@ bed:         ## install these services, and the linters
 
 lint:        ## check style and the Python 3.6 floor (needs make bed)
 	.ci/bed.sh tools ruff check
+	.ci/bed.sh tools ruff format --check
 	.ci/bed.sh tools vermin -t=3.6- --violations --no-tips c2.py test_c2.py
 
 demo:        ## deploy, break and roll back without a proxy

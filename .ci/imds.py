@@ -1,15 +1,22 @@
 """A stand-in for the metadata service of an EC2 instance: imds.py PORT [--v1]
 
-As IMDSv2 it answers 401 to a GET without the session token that a PUT hands out; --v1 answers without one.
+As IMDSv2 it answers 401 to a GET without the session token that a PUT hands out; --v1 answers
+without one.
 """
+
 import json
 import sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 ROLE = "c2-role"
 CREDENTIALS = {
-    "Code": "Success", "Type": "AWS-HMAC", "AccessKeyId": "imds", "SecretAccessKey": "x", "Token": "t",
-    "LastUpdated": "2026-01-01T00:00:00Z", "Expiration": "2099-01-01T00:00:00Z",
+    "Code": "Success",
+    "Type": "AWS-HMAC",
+    "AccessKeyId": "imds",
+    "SecretAccessKey": "x",
+    "Token": "t",
+    "LastUpdated": "2026-01-01T00:00:00Z",
+    "Expiration": "2099-01-01T00:00:00Z",
 }
 INSTANCE = "i-0123456789abcdef0"
 ANSWERS = {
@@ -18,7 +25,9 @@ ANSWERS = {
     "/latest/meta-data/placement/availability-zone": "us-east-1a",
     "/latest/meta-data/iam/security-credentials/": ROLE,
     "/latest/meta-data/iam/security-credentials/" + ROLE: json.dumps(CREDENTIALS),
-    "/latest/dynamic/instance-identity/document": json.dumps({"instanceId": INSTANCE, "region": "us-east-1"}),
+    "/latest/dynamic/instance-identity/document": json.dumps(
+        {"instanceId": INSTANCE, "region": "us-east-1"}
+    ),
 }
 TOKEN = "TOKEN"
 
@@ -33,7 +42,9 @@ class Metadata(BaseHTTPRequestHandler):
         self.wfile.write(text.encode())
 
     def do_PUT(self):
-        if self.path == "/latest/api/token" and self.headers.get("X-aws-ec2-metadata-token-ttl-seconds"):
+        if self.path == "/latest/api/token" and self.headers.get(
+            "X-aws-ec2-metadata-token-ttl-seconds"
+        ):
             self.answer(200, TOKEN)
         else:
             self.answer(400)

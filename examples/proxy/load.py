@@ -1,4 +1,7 @@
-"""Asks over and over on eight connections, half of them kept, until SIGTERM; prints the answers, counted."""
+"""Asks over and over on eight connections, half of them kept, until SIGTERM; prints the answers,
+counted.
+"""
+
 import collections
 import http.client
 import signal

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """A small app that says which deploy it is: app.py PORT NAME
 
-  GET /            at once           POST /upload    how many bytes it was sent
-  GET /slow/SECS   after a while     GET /stream/SECS  in 20 pieces, chunked
-  GET /ws          a websocket that echoes
+GET /            at once           POST /upload    how many bytes it was sent
+GET /slow/SECS   after a while     GET /stream/SECS  in 20 pieces, chunked
+GET /ws          a websocket that echoes
 """
+
 import asyncio
 import base64
 import hashlib
@@ -13,7 +14,7 @@ import signal
 import struct
 import sys
 
-WEBSOCKET = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"     # RFC 6455, section 1.3
+WEBSOCKET = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, section 1.3
 
 
 async def serve(name, reader, writer):
@@ -35,7 +36,9 @@ async def serve(name, reader, writer):
                 if kind == "slow":
                     await asyncio.sleep(float(seconds))
                 answer = ("%s %s %d\n" % (name, method, len(body))).encode()
-                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(answer), answer))
+                writer.write(
+                    b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(answer), answer)
+                )
                 await writer.drain()
             if headers.get("connection", "").lower() == "close":
                 return
@@ -59,8 +62,10 @@ async def stream(name, seconds, writer):
 async def echo(headers, reader, writer):
     """A websocket (RFC 6455) of small frames: what comes is sent back, a close frame too."""
     digest = hashlib.sha1(headers["sec-websocket-key"].encode() + WEBSOCKET).digest()
-    writer.write(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-                 b"Sec-WebSocket-Accept: %s\r\n\r\n" % base64.b64encode(digest))
+    writer.write(
+        b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        b"Sec-WebSocket-Accept: %s\r\n\r\n" % base64.b64encode(digest)
+    )
     while True:
         first, size = await reader.readexactly(2)
         mask = await reader.readexactly(4)
@@ -73,10 +78,14 @@ async def echo(headers, reader, writer):
 
 
 def main(port, name):
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))    # at once, whatever is under way: the harder case
+    signal.signal(
+        signal.SIGTERM, lambda *_: os._exit(0)
+    )  # at once, whatever is under way: the harder case
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
-    server = asyncio.start_server(lambda r, w: serve(name, r, w), "0.0.0.0", int(port), backlog=1000)
+    server = asyncio.start_server(
+        lambda r, w: serve(name, r, w), "0.0.0.0", int(port), backlog=1000
+    )
     loop.run_until_complete(server)
     loop.run_forever()
 

@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
 """What a switch loses under load, c2's beside the same one by hand: bench-switch.py [--switches N]
 
-Each switch starts a new deploy of app.py, points the proxy at it and stops the old one at once. By hand that
-is: write nginx.conf with the new port in its proxy_pass, docker compose up -d, SIGHUP, stop the old deploy.
-load.py sends mixed traffic meanwhile: with apps on the host, then behind ports that docker publishes. Last
-comes the throughput through c2's proxy beside a fixed proxy_pass, by wrk if it is on PATH. It needs Docker,
-uses loopback addresses and free ports only, removes what it made, and begins no switch after --limit seconds.
-Exit code 1 if c2 lost anything.
-Images: $NGINX_IMAGE (nginx), $NGINX_VERSION (latest), $APP_IMAGE, which must have Python 3 (python:3-alpine).
+Each switch starts a new deploy of app.py, points the proxy at it and stops the old one at once. By
+hand that is: write nginx.conf with the new port in its proxy_pass, docker compose up -d, SIGHUP,
+stop the old deploy. load.py sends mixed traffic meanwhile: with apps on the host, then behind ports
+that docker publishes. Last comes the throughput through c2's proxy beside a fixed proxy_pass, by
+wrk if it is on PATH. It needs Docker, uses loopback addresses and free ports only, removes what it
+made, and begins no switch after --limit seconds. Exit code 1 if c2 lost anything. Images:
+$NGINX_IMAGE (nginx), $NGINX_VERSION (latest), $APP_IMAGE, which must have Python 3
+(python:3-alpine).
 """
+
 import argparse
 import json
 import os
@@ -27,10 +29,13 @@ import zipfile
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 C2 = os.path.join(HERE, "..", "..", "c2.py")
-NGINX_IMAGE, NGINX_VERSION = os.environ.get("NGINX_IMAGE", "nginx"), os.environ.get("NGINX_VERSION", "latest")
+NGINX_IMAGE, NGINX_VERSION = (
+    os.environ.get("NGINX_IMAGE", "nginx"),
+    os.environ.get("NGINX_VERSION", "latest"),
+)
 NGINX = "%s:%s" % (NGINX_IMAGE, NGINX_VERSION)
 APP = os.environ.get("APP_IMAGE", "python:3-alpine")
-NAME = "c2-bench-%d" % os.getpid()      # of containers and compose projects
+NAME = "c2-bench-%d" % os.getpid()  # of containers and compose projects
 HOST_NAME = "bench.example.com"
 FIXED = """worker_processes auto;
 events { worker_connections 8192; }
@@ -50,12 +55,21 @@ http {
   }
 }
 """
-ON_HOST = {"startCommand": "python3 app.py $C2_PORT $C2_DEPLOY >/dev/null 2>&1 & echo $! > app.pid",
-           "stopCommand": "kill $(cat app.pid)"}
+ON_HOST = {
+    "startCommand": "python3 app.py $C2_PORT $C2_DEPLOY >/dev/null 2>&1 & echo $! > app.pid",
+    "stopCommand": "kill $(cat app.pid)",
+}
 IN_DOCKER = {"startCommand": "docker compose up -d", "stopCommand": "docker compose down -t 2"}
-PUBLISHED = {"services": {"app": {
-    "image": APP, "command": ["python3", "/app/app.py", "8000", "${C2_DEPLOY}"],
-    "ports": ["127.0.0.1:${C2_PORT}:8000"], "volumes": ["./app.py:/app/app.py:ro"]}}}
+PUBLISHED = {
+    "services": {
+        "app": {
+            "image": APP,
+            "command": ["python3", "/app/app.py", "8000", "${C2_DEPLOY}"],
+            "ports": ["127.0.0.1:${C2_PORT}:8000"],
+            "volumes": ["./app.py:/app/app.py:ro"],
+        }
+    }
+}
 # What answers the throughput's requests is nginx itself: it must not be what is measured.
 ANSWER = """events { worker_connections 8192; }
 http {
@@ -64,22 +78,37 @@ http {
   server { listen 127.0.0.1:$C2_PORT; location / { return 200 "$C2_DEPLOY\n"; } }
 }
 """
-ANSWER_START = "echo '%s' > /tmp/nginx.conf; exec nginx -c /tmp/nginx.conf -g 'daemon off;'" % ANSWER
-BACKEND = {"services": {"app": {
-    "image": NGINX, "network_mode": "host", "command": ["sh", "-c", ANSWER_START]}}}
+ANSWER_START = (
+    "echo '%s' > /tmp/nginx.conf; exec nginx -c /tmp/nginx.conf -g 'daemon off;'" % ANSWER
+)
+BACKEND = {
+    "services": {
+        "app": {"image": NGINX, "network_mode": "host", "command": ["sh", "-c", ANSWER_START]}
+    }
+}
 
 
 def run(*args, **options):
-    done = subprocess.run(args, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          timeout=300, **options)
+    done = subprocess.run(
+        args,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=300,
+        **options,
+    )
     said = done.stdout.decode()
     if done.returncode:
-        raise SystemExit("bench-switch: exit %d of %s\n%s" % (done.returncode, " ".join(args), said[-3000:]))
+        raise SystemExit(
+            "bench-switch: exit %d of %s\n%s" % (done.returncode, " ".join(args), said[-3000:])
+        )
     return said
 
 
 def free_ports(count):
-    """The first of some ports in a row that are free now, below those that the system gives to clients."""
+    """The first of some ports in a row that are free now, below those that the system gives to
+    clients.
+    """
     for first in random.sample(range(20000, 32000 - count), 50):
         try:
             for port in range(first, first + count):
@@ -95,7 +124,9 @@ def ask(port):
     """Who answers at a port: the first word of the answer to GET /, None without a good one."""
     try:
         with socket.create_connection(("127.0.0.1", port), 2) as s:
-            s.sendall(("GET / HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n" % HOST_NAME).encode())
+            s.sendall(
+                ("GET / HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n" % HOST_NAME).encode()
+            )
             answer = b"".join(iter(lambda: s.recv(4096), b""))
     except OSError:
         return None
@@ -121,12 +152,27 @@ class WithC2:
         self.port = ports + limit
         self.config = os.path.join(work, "c2.json")
         with open(self.config, "w") as f:
-            json.dump({"releases": {"localdir": "."}, "deploysDir": "deploys", "logFile": "log",
-                       "contextCache": "context", "nginxDockerImage": NGINX_IMAGE,
-                       "nginxDockerVersion": NGINX_VERSION, "deployMode": {"proxy": {
-                           "endPoints": {"main": {"serverNames": [HOST_NAME], "etype": "httpOnly"}},
-                           "dynamicPortRange": [ports, ports + limit], "httpPort": self.port,
-                           "containerName": NAME}}}, f)
+            json.dump(
+                {
+                    "releases": {"localdir": "."},
+                    "deploysDir": "deploys",
+                    "logFile": "log",
+                    "contextCache": "context",
+                    "nginxDockerImage": NGINX_IMAGE,
+                    "nginxDockerVersion": NGINX_VERSION,
+                    "deployMode": {
+                        "proxy": {
+                            "endPoints": {
+                                "main": {"serverNames": [HOST_NAME], "etype": "httpOnly"}
+                            },
+                            "dynamicPortRange": [ports, ports + limit],
+                            "httpPort": self.port,
+                            "containerName": NAME,
+                        }
+                    },
+                },
+                f,
+            )
         with zipfile.ZipFile(os.path.join(work, "app.zip"), "w") as z:
             z.write(os.path.join(HERE, "app.py"), "app.py")
             z.writestr("release.json", json.dumps(dict(commands, prestartCommand="", templates=[])))
@@ -162,14 +208,29 @@ class ByHand:
         self.port = self.first + limit
         os.mkdir(os.path.join(work, "conf"))
         with open(os.path.join(work, "docker-compose.yml"), "w") as f:
-            json.dump({"services": {"nginx": {
-                "image": NGINX, "container_name": NAME + "-hand", "network_mode": "host",
-                "command": ["nginx", "-c", "/conf/nginx.conf", "-g", "daemon off;"],
-                "volumes": ["./conf:/conf:ro"]}}}, f)
+            json.dump(
+                {
+                    "services": {
+                        "nginx": {
+                            "image": NGINX,
+                            "container_name": NAME + "-hand",
+                            "network_mode": "host",
+                            "command": ["nginx", "-c", "/conf/nginx.conf", "-g", "daemon off;"],
+                            "volumes": ["./conf:/conf:ro"],
+                        }
+                    }
+                },
+                f,
+            )
 
     def shell(self, name, kind):
-        run("sh", "-c", self.commands[kind], cwd=os.path.join(self.work, name),
-            env=dict(os.environ, C2_DEPLOY=name, C2_PORT=str(self.ports[name])))
+        run(
+            "sh",
+            "-c",
+            self.commands[kind],
+            cwd=os.path.join(self.work, name),
+            env=dict(os.environ, C2_DEPLOY=name, C2_PORT=str(self.ports[name])),
+        )
 
     def start(self, name):
         self.ports[name] = self.first + int(name.rpartition("-")[2])
@@ -197,7 +258,9 @@ class ByHand:
 
 
 def switches(side, count, rate, until):
-    """Switch `count` times under load; returns what load.py saw, and the seconds that each step took."""
+    """Switch `count` times under load; returns what load.py saw, and the seconds that each step
+    took.
+    """
     steps = {"start": [], "connect": [], "answers": [], "stop": []}
 
     def timed(step, name):
@@ -207,12 +270,23 @@ def switches(side, count, rate, until):
 
     def watch(name, began):
         steps["answers"].append(await_answer(side.port, name) - began)
+
     old = NAME + "-0"
     side.start(old)
     side.connect(old)
     await_answer(side.port, old)
-    load = subprocess.Popen([sys.executable, os.path.join(HERE, "load.py"), "--host", HOST_NAME,
-                             "--rate", str(rate), str(side.port)], stdout=subprocess.PIPE)
+    load = subprocess.Popen(
+        [
+            sys.executable,
+            os.path.join(HERE, "load.py"),
+            "--host",
+            HOST_NAME,
+            "--rate",
+            str(rate),
+            str(side.port),
+        ],
+        stdout=subprocess.PIPE,
+    )
     try:
         time.sleep(4)
         for n in range(1, count + 1):
@@ -227,7 +301,12 @@ def switches(side, count, rate, until):
             watcher.join()
             old = name
             if sys.stderr.isatty():
-                print("\r%s %d of %d " % (type(side).__name__, n, count), end="", file=sys.stderr, flush=True)
+                print(
+                    "\r%s %d of %d " % (type(side).__name__, n, count),
+                    end="",
+                    file=sys.stderr,
+                    flush=True,
+                )
         load.send_signal(signal.SIGTERM)
         seen = json.loads(load.communicate(timeout=120)[0].decode())
     finally:
@@ -251,6 +330,7 @@ def compare(title, commands, services, count, rate, until):
 
     def seconds(values):
         return "%.3f (%.3f)" % (statistics.median(values), max(values)) if values else "-"
+
     print("\r%s" % title)
     line("", "c2", "by hand")
     line("switches", *(len(s["steps"]["stop"]) for s in seen))
@@ -260,25 +340,41 @@ def compare(title, commands, services, count, rate, until):
         line("  " + what, *(s["failures"].get(what, 0) for s in seen))
     for what in sorted(seen[0]["kinds"]):
         line("  of: " + what, *("{:,}".format(s["kinds"].get(what, 0)) for s in seen))
-    for step, what in (("start", "start"), ("connect", "switch"), ("answers", "until the new deploy answers"),
-                       ("stop", "stop of the old deploy, with its drain")):
+    for step, what in (
+        ("start", "start"),
+        ("connect", "switch"),
+        ("answers", "until the new deploy answers"),
+        ("stop", "stop of the old deploy, with its drain"),
+    ):
         line(what + ", s", *(seconds(s["steps"][step]) for s in seen))
     print(flush=True)
     return seen[0]["failed"]
 
 
 def by_wrk(port, seconds):
-    said = run("wrk", "-t", "2", "-c", "32", "-d", "%ds" % seconds, "-H", "Host: " + HOST_NAME,
-               "http://127.0.0.1:%d/" % port)
+    said = run(
+        "wrk",
+        "-t",
+        "2",
+        "-c",
+        "32",
+        "-d",
+        "%ds" % seconds,
+        "-H",
+        "Host: " + HOST_NAME,
+        "http://127.0.0.1:%d/" % port,
+    )
     if "Non-2xx" in said or "Socket errors" in said:
         raise SystemExit("bench-switch: wrk saw errors\n" + said)
     return float(re.search(r"Requests/sec:\s*([\d.]+)", said).group(1))
 
 
 def by_loop(port, seconds):
-    """Answers a second to 16 connections; each sends 20 requests at once, which costs this process little."""
+    """Answers a second to 16 connections; each sends 20 requests at once, which costs this process
+    little.
+    """
     request = ("GET / HTTP/1.1\r\nHost: %s\r\n\r\n" % HOST_NAME).encode()
-    answers, rounds, end = 0, 45, time.monotonic() + seconds       # nginx closes after 1000 requests
+    answers, rounds, end = 0, 45, time.monotonic() + seconds  # nginx closes after 1000 requests
     while time.monotonic() < end:
         connections = [socket.create_connection(("127.0.0.1", port)) for _ in range(16)]
         for s in connections:
@@ -325,17 +421,31 @@ def throughput(rounds, seconds):
             side.close()
     ours, theirs = (statistics.median(values) for values in zip(*seen))
     ratio = statistics.median(a / b for a, b in seen)
-    print("throughput, requests a second, medians of %d by %s" % (
-        rounds, "wrk" if measure is by_wrk else "16 connections of this program (no wrk on PATH)"))
+    print(
+        "throughput, requests a second, medians of %d by %s"
+        % (
+            rounds,
+            "wrk" if measure is by_wrk else "16 connections of this program (no wrk on PATH)",
+        )
+    )
     print("%42s %18s %18s" % ("", "c2", "fixed proxy_pass"))
-    print("%42s %18s %18s   ratio %.2f" % ("", "{:,.0f}".format(ours), "{:,.0f}".format(theirs), ratio))
+    print(
+        "%42s %18s %18s   ratio %.2f"
+        % ("", "{:,.0f}".format(ours), "{:,.0f}".format(theirs), ratio)
+    )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--switches", type=int, default=100, help="with apps on the host (default: 100)")
-    parser.add_argument("--published", type=int, help="with apps behind published ports (default: a third)")
-    parser.add_argument("--rate", type=float, default=500, help="requests a second, about (default: 500)")
+    parser.add_argument(
+        "--switches", type=int, default=100, help="with apps on the host (default: 100)"
+    )
+    parser.add_argument(
+        "--published", type=int, help="with apps behind published ports (default: a third)"
+    )
+    parser.add_argument(
+        "--rate", type=float, default=500, help="requests a second, about (default: 500)"
+    )
     parser.add_argument("--rounds", type=int, default=9, help="of the throughput (default: 9)")
     parser.add_argument("--limit", type=float, default=1800, help="in seconds (default: 1800)")
     args = parser.parse_args()
@@ -343,8 +453,9 @@ def main():
     until = time.monotonic() + args.limit
     lost = 0
     for title, commands, services, count in (
-            ("apps on the host", ON_HOST, {}, args.switches),
-            ("apps behind docker-published ports", IN_DOCKER, PUBLISHED, published)):
+        ("apps on the host", ON_HOST, {}, args.switches),
+        ("apps behind docker-published ports", IN_DOCKER, PUBLISHED, published),
+    ):
         if count:
             lost += compare(title, commands, services, count, args.rate, until)
     if args.rounds:

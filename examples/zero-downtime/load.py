@@ -1,11 +1,14 @@
 #!/usr/bin/env python3
-"""Mixed traffic to app.py behind a proxy, and what was lost of it: load.py [--host NAME] [--seconds S] PORT
+"""Mixed traffic to app.py behind a proxy, and what was lost of it: load.py [--host NAME] [--seconds
+S] PORT
 
-Fast answers on kept and on fresh connections, slow ones, streamed ones, fast and slow uploads, websockets. It
-ends after --seconds, or at SIGTERM, lets what is under way finish, and prints JSON: requests, by kind of
-traffic, and failures, by what was seen. Whatever a client would notice is a failure; only a kept connection
-that is found closed before a request is sent on it is opened again, as every client does.
+Fast answers on kept and on fresh connections, slow ones, streamed ones, fast and slow uploads,
+websockets. It ends after --seconds, or at SIGTERM, lets what is under way finish, and prints JSON:
+requests, by kind of traffic, and failures, by what was seen. Whatever a client would notice is a
+failure; only a kept connection that is found closed before a request is sent on it is opened again,
+as every client does.
 """
+
 import argparse
 import asyncio
 import base64
@@ -17,7 +20,7 @@ import signal
 import struct
 import time
 
-TIMEOUT = 60    # for one request; more is a failure
+TIMEOUT = 60  # for one request; more is a failure
 
 
 class Lost(Exception):
@@ -52,7 +55,7 @@ class Client:
             pieces = 20 if seconds else 1
             self.writer.write(head.encode() + (b"" if seconds else body))
             for n in range(pieces if seconds else 0):
-                self.writer.write(body[len(body) * n // pieces:len(body) * (n + 1) // pieces])
+                self.writer.write(body[len(body) * n // pieces : len(body) * (n + 1) // pieces])
                 await self.writer.drain()
                 await asyncio.sleep(seconds / pieces)
             return await self.answer()
@@ -88,8 +91,12 @@ class Client:
         """Open a websocket, have some messages echoed, close it."""
         self.close()
         key = base64.b64encode(os.urandom(16)).decode()
-        status, _ = await self.send("GET", "/ws", headers="Connection: Upgrade\r\nUpgrade: websocket\r\n"
-                                    "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: %s\r\n" % key)
+        status, _ = await self.send(
+            "GET",
+            "/ws",
+            headers="Connection: Upgrade\r\nUpgrade: websocket\r\n"
+            "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: %s\r\n" % key,
+        )
         expect(status, 101)
         end = time.monotonic() + seconds
         while True:
@@ -137,7 +144,7 @@ class Load:
         self.failures["%s: %s" % (kind, seen)] += 1
         if len(self.examples) < 50:
             self.examples.append({"time": time.time(), "kind": kind, "seen": seen})
-        await asyncio.sleep(0.01)       # a loop of refusals would count nothing but itself
+        await asyncio.sleep(0.01)  # a loop of refusals would count nothing but itself
         return False
 
     async def plain(self, client, method, path, body=b"", headers="", seconds=0):
@@ -147,7 +154,9 @@ class Load:
         name = lines[0].split()[0]
         if method == "POST" and lines[0].split()[-1] != str(len(body)):
             raise Lost("the upload arrived in part")
-        if path.startswith("/stream") and (len(lines) != 21 or not all(name in line for line in lines[:-1])):
+        if path.startswith("/stream") and (
+            len(lines) != 21 or not all(name in line for line in lines[:-1])
+        ):
             raise Lost("the stream was not whole")
         self.deploys[name] += 1
 
@@ -168,15 +177,26 @@ class Load:
 
         def some(least, most):
             return random.uniform(least, most) * self.slow
+
         small, large = b"x" * 1000, os.urandom(30000) * 2
         crew = times(8, "kept", lambda c: self.plain(c, "GET", "/"), 8 * 1.25 / self.rate)
-        crew += times(4, "fresh", lambda c: self.plain(c, "GET", "/", headers="Connection: close\r\n"),
-                      4 / (self.rate / 10), keep=False)
-        crew += times(4, "upload", lambda c: self.plain(c, "POST", "/upload", small), 4 / (self.rate / 10))
+        crew += times(
+            4,
+            "fresh",
+            lambda c: self.plain(c, "GET", "/", headers="Connection: close\r\n"),
+            4 / (self.rate / 10),
+            keep=False,
+        )
+        crew += times(
+            4, "upload", lambda c: self.plain(c, "POST", "/upload", small), 4 / (self.rate / 10)
+        )
         crew += times(8, "slow", lambda c: self.plain(c, "GET", "/slow/%.2f" % some(1, 3)))
         crew += times(4, "streamed", lambda c: self.plain(c, "GET", "/stream/%.2f" % some(1, 2)))
-        crew += times(12, "slow upload",
-                      lambda c: self.plain(c, "POST", "/upload", large, seconds=some(0.5, 5)))
+        crew += times(
+            12,
+            "slow upload",
+            lambda c: self.plain(c, "POST", "/upload", large, seconds=some(0.5, 5)),
+        )
         crew += times(4, "websocket", lambda c: c.websocket(some(1, 3)))
         tasks = [asyncio.ensure_future(work) for work in crew]
         if seconds:
@@ -192,9 +212,16 @@ def main():
     parser.add_argument("port", type=int)
     parser.add_argument("--host", default="localhost")
     parser.add_argument("--seconds", type=float)
-    parser.add_argument("--rate", type=float, default=500, help="requests a second, about (default: 500)")
-    parser.add_argument("--slow", type=float, default=1, metavar="FACTOR",
-                        help="of the seconds that slow requests take: answers 1 to 3, uploads 0.5 to 5")
+    parser.add_argument(
+        "--rate", type=float, default=500, help="requests a second, about (default: 500)"
+    )
+    parser.add_argument(
+        "--slow",
+        type=float,
+        default=1,
+        metavar="FACTOR",
+        help="of the seconds that slow requests take: answers 1 to 3, uploads 0.5 to 5",
+    )
     args = parser.parse_args()
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
@@ -202,10 +229,19 @@ def main():
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, load.stop)
     loop.run_until_complete(load.run(args.seconds))
-    print(json.dumps({
-        "requests": sum(load.requests.values()), "seconds": round(time.monotonic() - began, 1),
-        "failed": sum(load.failures.values()), "failures": load.failures, "kinds": load.requests,
-        "deploys": len(load.deploys), "examples": load.examples}))
+    print(
+        json.dumps(
+            {
+                "requests": sum(load.requests.values()),
+                "seconds": round(time.monotonic() - began, 1),
+                "failed": sum(load.failures.values()),
+                "failures": load.failures,
+                "kinds": load.requests,
+                "deploys": len(load.deploys),
+                "examples": load.examples,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

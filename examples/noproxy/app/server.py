@@ -1,4 +1,5 @@
 """A web server in the background: server.py start, server.py stop."""
+
 import http.server
 import os
 import signal
@@ -30,7 +31,7 @@ def stop():
             time.sleep(0.02)
             os.kill(pid, 0)
     except (FileNotFoundError, ProcessLookupError):
-        pass    # it does not run
+        pass  # it does not run
 
 
 {"start": start, "stop": stop}[sys.argv[1]]()
