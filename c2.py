@@ -116,7 +116,7 @@ def nearest(name: str, known: List[str]) -> str:
 # --------------------------------------------------------------------------------------------------
 
 
-class At(NamedTuple):
+class Location(NamedTuple):
     """Where a value stands in its document: `path` for messages, `base` for relative paths ("":
     none).
     """
@@ -125,17 +125,17 @@ class At(NamedTuple):
     base: str
     warn: Callable[[str], None]
 
-    def key(self, name: Any) -> "At":
+    def child(self, name: Any) -> "Location":
         name = name if str(name).isprintable() else json.dumps(name)
         return self._replace(path=f"{self.path}.{name}" if self.path else str(name))
 
-    def error(self, value: Any, allowed: str) -> ConfigError:
+    def expected(self, value: Any, allowed: str) -> ConfigError:
         shown = json.dumps(value, ensure_ascii=False, default=str)
         shown = shown if len(shown) <= 60 else shown[:57] + "..."
         return ConfigError(f"{self.path or 'the document'}: found {shown}, expected {allowed}")
 
 
-class Choice(NamedTuple):
+class Variant(NamedTuple):
     """One case of a union."""
 
     name: str
@@ -146,26 +146,26 @@ class Choice(NamedTuple):
 ALIASES = {"releasesDir": "deploysDir", "S3": "s3"}
 
 
-def text(value: Any, at: At) -> str:
+def text(value: Any, at: Location) -> str:
     if not isinstance(value, str):
-        raise at.error(
+        raise at.expected(
             value, "a string" + (" (put it in quotes)" if isinstance(value, (int, float)) else "")
         )
     if re.search(r"[\x00-\x1f\x7f]", value):
-        raise at.error(value, "a string without control characters")
+        raise at.expected(value, "a string without control characters")
     return value
 
 
-def script(value: Any, at: At) -> str:
+def script(value: Any, at: Location) -> str:
     if not isinstance(value, str) or "\0" in value:
-        raise at.error(value, "a string with shell commands")
+        raise at.expected(value, "a string with shell commands")
     return value
 
 
 def matching(pattern: str, allowed: str) -> Callable:
-    def decode(value: Any, at: At) -> str:
+    def decode(value: Any, at: Location) -> str:
         if not re.fullmatch(pattern, text(value, at)):
-            raise at.error(value, allowed)
+            raise at.expected(value, allowed)
         return value
 
     return decode
@@ -186,18 +186,18 @@ http_url = matching(r"https?://[^\s/?#]+\S*", "an http:// or https:// address")
 url_path = matching(r"/[A-Za-z0-9._~!*+,=:@%/?&-]*", "a path such as /health-check")
 
 
-def file_path(value: Any, at: At) -> str:
+def file_path(value: Any, at: Location) -> str:
     if not text(value, at):
-        raise at.error(value, "a path")
+        raise at.expected(value, "a path")
     if not os.path.isabs(value) and not at.base:
-        raise at.error(value, "an absolute path")
+        raise at.expected(value, "an absolute path")
     return os.path.normpath(os.path.join(at.base, value))
 
 
 def number(low: float, high: float, kind: Any = int) -> Callable:
-    def decode(value: Any, at: At) -> float:
+    def decode(value: Any, at: Location) -> float:
         if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
-            raise at.error(value, f"a number from {low} to {high}")
+            raise at.expected(value, f"a number from {low} to {high}")
         return value
 
     return decode
@@ -208,30 +208,32 @@ seconds = number(0, 86400, (int, float))
 
 
 def optional(decoder: Callable) -> Callable:
-    def decode(value: Any, at: At) -> Any:
+    def decode(value: Any, at: Location) -> Any:
         if value in (None, "nothing", {"nothing": None}):
             return None
         if isinstance(value, dict) and list(value) == ["just"]:
-            return decoder(value["just"], at.key("just"))
+            return decoder(value["just"], at.child("just"))
         return decoder(value, at)
 
     return decode
 
 
 def listing(decoder: Callable, least: int = 0) -> Callable:
-    def decode(value: Any, at: At) -> list:
+    def decode(value: Any, at: Location) -> list:
         if not isinstance(value, list) or len(value) < least:
-            raise at.error(value, "a list" + (f" with at least {least} element" if least else ""))
-        return [decoder(item, at.key(i)) for i, item in enumerate(value)]
+            raise at.expected(
+                value, "a list" + (f" with at least {least} element" if least else "")
+            )
+        return [decoder(item, at.child(i)) for i, item in enumerate(value)]
 
     return decode
 
 
 def mapping(key: Callable, decoder: Callable) -> Callable:
-    def decode(value: Any, at: At) -> dict:
+    def decode(value: Any, at: Location) -> dict:
         if not isinstance(value, dict):
-            raise at.error(value, "an object")
-        return {key(k, at.key(k)): decoder(v, at.key(k)) for k, v in value.items()}
+            raise at.expected(value, "an object")
+        return {key(k, at.child(k)): decoder(v, at.child(k)) for k, v in value.items()}
 
     return decode
 
@@ -241,21 +243,21 @@ def union(default: Optional[str] = None, **cases: Optional[Callable]) -> Callabl
     value.
     """
 
-    def decode(value: Any, at: At) -> Choice:
+    def decode(value: Any, at: Location) -> Variant:
         given = default if value is None else value
         given = {given: None} if isinstance(given, str) else given
         if not isinstance(given, dict) or len(given) != 1:
-            raise at.error(value, "one of " + ", ".join(cases))
+            raise at.expected(value, "one of " + ", ".join(cases))
         ((name, inner),) = given.items()
         name = ALIASES.get(name, name)
         if name not in cases:
-            raise at.error(value, "one of " + ", ".join(cases) + nearest(name, list(cases)))
+            raise at.expected(value, "one of " + ", ".join(cases) + nearest(name, list(cases)))
         decoder = cases[name]
         if decoder:
-            return Choice(name, decoder(inner, at.key(name)))
+            return Variant(name, decoder(inner, at.child(name)))
         if inner not in (None, {}):
-            raise at.error(value, f'"{name}", which takes no value')
-        return Choice(name)
+            raise at.expected(value, f'"{name}", which takes no value')
+        return Variant(name)
 
     return decode
 
@@ -273,26 +275,26 @@ def record(cls: Any, strict: bool = True) -> Callable:
     """
     fields = {camel(field): field for field in cls._fields}
 
-    def decode(value: Any, at: At) -> Any:
+    def decode(value: Any, at: Location) -> Any:
         if not isinstance(value, dict):
-            raise at.error(value, "an object")
+            raise at.expected(value, "an object")
         found = {}
         for key, inner in value.items():
             field = fields.get(ALIASES.get(key, key))
             if field in found:
-                raise at.key(key).error(inner, f"this key once, not also as {camel(field)}")
+                raise at.child(key).expected(inner, f"this key once, not also as {camel(field)}")
             if field:
-                found[field] = cls.__annotations__[field](inner, at.key(key))
+                found[field] = cls.__annotations__[field](inner, at.child(key))
             elif key in getattr(cls, "obsolete", ()):
-                at.warn(f"{at.key(key).path} has no effect any more; remove it")
+                at.warn(f"{at.child(key).path} has no effect any more; remove it")
             elif strict:
                 raise ConfigError(
-                    f"{at.key(key).path}: unknown key"
+                    f"{at.child(key).path}: unknown key"
                     + (nearest(key, list(fields)) or f"; known here: {', '.join(fields)}")
                 )
         for name, field in fields.items():
             if field not in found and field not in cls._field_defaults:
-                raise ConfigError(f"{at.key(name).path}: required, but not there")
+                raise ConfigError(f"{at.child(name).path}: required, but not there")
         return cls(**found)
 
     return decode
@@ -303,12 +305,12 @@ class PortRange(NamedTuple):
     v2: number(2, 65536)
 
 
-def port_range(value: Any, at: At) -> PortRange:
+def port_range(value: Any, at: Location) -> PortRange:
     if isinstance(value, list) and len(value) == 2:
         value = {"v1": value[0], "v2": value[1]}
     found = record(PortRange)(value, at)
     if found.v1 >= found.v2:
-        raise at.error(value, "v1 below v2: the ports are v1 <= port < v2")
+        raise at.expected(value, "v1 below v2: the ports are v1 <= port < v2")
     return found
 
 
@@ -327,7 +329,7 @@ class EndPoint(NamedTuple):
     obsolete = ("label",)
 
     @property
-    def certificate(self) -> Optional[Choice]:
+    def certificate(self) -> Optional[Variant]:
         """Choice "generated" or "explicit" of an https endpoint, None for a plain one."""
         return self.etype.value
 
@@ -344,7 +346,7 @@ class ProxyMode(NamedTuple):
     end_points: mapping(label, record(EndPoint))
     remote_state_s3: optional(s3_url) = None
     dynamic_port_range: port_range = PortRange(8000, 8100)
-    slave_label: union(ec2InstanceId=None, label=label) = Choice("ec2InstanceId")
+    slave_label: union(ec2InstanceId=None, label=label) = Variant("ec2InstanceId")
     slave_interface_name: text = "eth0"
     nginx_conf_template_path: optional(file_path) = None
     http_port: port_number = 80
@@ -363,7 +365,7 @@ class Config(NamedTuple):
     context_cache: file_path = "/opt/config"
     log_file: file_path = "/opt/var/log/camus2.log"
     config_sources: mapping(source_name, json_source) = {}
-    deploy_mode: union(noproxy=None, proxy=record(ProxyMode)) = Choice("noproxy")
+    deploy_mode: union(noproxy=None, proxy=record(ProxyMode)) = Variant("noproxy")
     health_check: optional(record(HealthCheck)) = HealthCheck()
     nginx_docker_image: docker_image = "nginx"
     nginx_docker_version: docker_image = "latest"
@@ -442,10 +444,10 @@ def decode_config(value: Any, base: str, warn: Callable[[str], None]) -> Config:
     base: directory that relative paths start from; warn: called with a sentence about what is only
     doubtful. Raises ConfigError with the path of what is wrong.
     """
-    config = record(Config)(value, At("", base, warn))
+    config = record(Config)(value, Location("", base, warn))
     if not config.proxy:
         return config
-    mode, at = config.proxy, At("deployMode.proxy", base, warn)
+    mode, at = config.proxy, Location("deployMode.proxy", base, warn)
     taken = {}
     for name, end_point in mode.end_points.items():
         if (
@@ -1140,7 +1142,7 @@ def decode_state(value: Any, what: str) -> State:
     wrong.
     """
     try:
-        state = record(State, strict=False)(value, At("", "", lambda message: None))
+        state = record(State, strict=False)(value, Location("", "", lambda message: None))
     except ConfigError as e:
         raise C2Error(f"{what}: {e}") from None
     for name, deploy in state.deploys.items():
@@ -1257,7 +1259,7 @@ def plan(end_points: Any, old: State, new: State) -> list:
 
     def step() -> None:
         for deploy in missing():
-            if not blockers(at, deploy):
+            if not conflicts(at, deploy):
                 do(Create(deploy))
         for end_point in sorted(set(at.connections) | set(wanted)):
             name = wanted.get(end_point)
@@ -1269,8 +1271,8 @@ def plan(end_points: Any, old: State, new: State) -> list:
                 do(Connect(end_point, name))
         for gone in sorted(d for d in at.deploys.values() if new.deploys.get(d.label) != d):
             if gone.label not in at.connections.values():
-                heir = [d for d in missing() if blockers(at, d) == [gone]]
-                do(Replace(gone, heir[0]) if heir else Destroy(gone))
+                replacement = [d for d in missing() if conflicts(at, d) == [gone]]
+                do(Replace(gone, replacement[0]) if replacement else Destroy(gone))
 
     while True:
         before = len(actions)
@@ -1280,7 +1282,7 @@ def plan(end_points: Any, old: State, new: State) -> list:
         stuck = missing()
         if not stuck:
             return actions
-        held = {d.label for d in blockers(at, stuck[0])}
+        held = {d.label for d in conflicts(at, stuck[0])}
         outages = [Disconnect(e) for e, name in sorted(at.connections.items()) if name in held]
         if not outages:
             raise C2Error(
@@ -1290,7 +1292,7 @@ def plan(end_points: Any, old: State, new: State) -> list:
             do(outage)
 
 
-def doable(end_points: Any, old: State, new: State, barred: Callable[[Any], bool]) -> list:
+def feasible(end_points: Any, old: State, new: State, backing_off: Callable[[Any], bool]) -> list:
     """What of the plan from `old` to `new` can be done now, even if all else fails.
 
     barred: tells whether an action has failed and is not due again. What does not build on such a
@@ -1304,19 +1306,19 @@ def doable(end_points: Any, old: State, new: State, barred: Callable[[Any], bool
                 [Destroy(action.old)] if isinstance(action, Replace) else []
             )  # others may wait for it
             for a in [action, *less]:
-                if not barred(a) and possible(a, state, new):
+                if not backing_off(a) and is_feasible(a, state, new):
                     actions.append(a)
                     state = next_state(a, state)
                     break
-        vain = [
+        needless = [
             a
             for a in actions
             if is_outage(end_points, a, new)
             and state.connections.get(a.end_point) != new.connections[a.end_point]
         ]
-        if not vain:
+        if not needless:
             return actions
-        planned = [a for a in planned if a not in vain]
+        planned = [a for a in planned if a not in needless]
 
 
 def is_outage(end_points: Any, action: Any, new: State) -> bool:
@@ -1328,7 +1330,7 @@ def is_outage(end_points: Any, action: Any, new: State) -> bool:
     )
 
 
-def possible(action: Any, state: State, new: State) -> bool:
+def is_feasible(action: Any, state: State, new: State) -> bool:
     """Whether an action of the plan to `new` can be done in `state`, even if those before it were
     not.
     """
@@ -1337,16 +1339,16 @@ def possible(action: Any, state: State, new: State) -> bool:
     if isinstance(action, Disconnect):
         return action.end_point in state.connections
     if isinstance(action, Create):
-        return not blockers(state, action.deploy)
+        return not conflicts(state, action.deploy)
     gone = getattr(action, "old", action.deploy)
     return (
         gone in state.deploys.values()
         and not connected_to(state, gone.label)
-        and (isinstance(action, Destroy) or blockers(state, action.deploy) == [gone])
+        and (isinstance(action, Destroy) or conflicts(state, action.deploy) == [gone])
     )
 
 
-def blockers(state: State, deploy: Deploy) -> List[Deploy]:
+def conflicts(state: State, deploy: Deploy) -> List[Deploy]:
     """The deploys of a state that have the label or the port of this one."""
     return [d for d in state.deploys.values() if d.label == deploy.label or d.port == deploy.port]
 
@@ -2079,7 +2081,7 @@ def load_json(path: str, what: str) -> Any:
 
 
 @contextlib.contextmanager
-def naming(path: str) -> Any:
+def with_path(path: str) -> Any:
     """Let an OSError tell its file: that of a failed write has no name."""
     try:
         yield
@@ -2103,7 +2105,7 @@ def replace_file(path: str, content: Any, mode: int = 0o644) -> None:
     temp = temp_name(path)
     try:
         fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
-        with naming(path), open(fd, "wb") as f:
+        with with_path(path), open(fd, "wb") as f:
             os.fchmod(f.fileno(), mode)
             f.write(data)
             f.flush()
@@ -2178,7 +2180,7 @@ def utc_now(moment: Optional[float] = None) -> str:
     )
 
 
-def visible(message: str) -> str:
+def printable(message: str) -> str:
     """A text with its control characters, but for tabs and line ends, spelled out."""
     return re.sub(r"[\0-\x08\x0b-\x1f\x7f-\x9f]", lambda m: ascii(m.group())[1:-1], message)
 
@@ -2187,7 +2189,7 @@ def say(message: str) -> None:
     """Tell the person at the terminal; nothing that is said may fail the work, or steer the
     terminal.
     """
-    message = visible(message)
+    message = printable(message)
     with contextlib.suppress(OSError, ValueError):
         print(f"c2: {message}", file=sys.stderr, flush=True)
 
@@ -2327,7 +2329,7 @@ def end_group(group: int) -> None:
             time.sleep(0.05)
 
 
-def end_left_over(group: Optional[dict]) -> bool:
+def end_orphan(group: Optional[dict]) -> bool:
     """End the process group of a killed c2, if it still is that one: same boot, same leader or
     none.
     """
@@ -2371,7 +2373,7 @@ class Journal:
     """What is being done to the host, and how far it is, in a file: it makes a kill recoverable."""
 
     def __init__(self, path: str, record: dict) -> None:
-        self.path, self.record, self.lenient = path, record, False
+        self.path, self.record, self.ignore_disk_full = path, record, False
 
     def step(self, step: str, **facts: Any) -> None:
         self.save(dict(self.record, **facts, step=step, group=None))
@@ -2386,7 +2388,7 @@ class Journal:
         try:
             replace_file(self.path, json.dumps(record), 0o600)
         except OSError:
-            if not self.lenient:
+            if not self.ignore_disk_full:
                 raise
         self.record = record
 
@@ -2414,7 +2416,7 @@ def encode_action(action: Any) -> dict:
 def decode_action(plain: dict) -> Any:
     def decode(value: Any) -> Any:
         decoder = record(Deploy) if isinstance(value, dict) else label
-        return value if isinstance(value, bool) else decoder(value, At("action", "", say))
+        return value if isinstance(value, bool) else decoder(value, Location("action", "", say))
 
     return ACTIONS[plain["kind"]](**{k: decode(v) for k, v in plain.items() if k != "kind"})
 
@@ -2434,7 +2436,7 @@ def read_journal(path: str) -> Optional[Journal]:
     raise C2Error(f"{path} is not a journal of c2; look at what it was about and remove it")
 
 
-def read_holder(config: Config) -> dict:
+def lock_holder(config: Config) -> dict:
     """What the holder of the lock wrote into it: its identity and what it does; {} when it is
     gone.
     """
@@ -2477,7 +2479,7 @@ def locked(
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                holder = read_holder(config)
+                holder = lock_holder(config)
             if holder and cancels and not cancelled and cancels(holder):
                 say(f"ending {describe_holder(config, holder)}")
                 with contextlib.suppress(ProcessLookupError):
@@ -2543,7 +2545,7 @@ def run(
     cwd: Optional[str] = None,
     env: Optional[dict] = None,
     stdout: Any = None,
-    merge: bool = False,
+    stderr_to_stdout: bool = False,
 ) -> str:
     """Run a program, never through a shell, and return what it wrote to stdout.
 
@@ -2563,7 +2565,7 @@ def run(
             env=dict(os.environ, **(env or {})),
             stdin=subprocess.DEVNULL,
             stdout=stdout or subprocess.PIPE,
-            stderr=subprocess.STDOUT if merge else subprocess.PIPE,
+            stderr=subprocess.STDOUT if stderr_to_stdout else subprocess.PIPE,
             start_new_session=True,
         )  # Ctrl-C is for c2, which may be putting back
     except FileNotFoundError:
@@ -2609,7 +2611,7 @@ def aws(*args: str, timeout: float = 120, **options: Any) -> str:
         raise
 
 
-class Follower:
+class OutputTail:
     """Shows what is added to a file on the terminal: no pipe ties c2 to what a command leaves
     running.
     """
@@ -2656,7 +2658,7 @@ def run_command(host: Host, journal: Journal, deploy: Deploy, kind: str, directo
     env = dict(os.environ, C2_RELEASE=deploy.release, C2_DEPLOY=deploy.label, PWD=directory)
     env.update({"C2_PORT": str(deploy.port)} if deploy.port else {})
     with open(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab") as output:
-        follower = Follower(path)
+        follower = OutputTail(path)
         process = subprocess.Popen(
             ["sh", "-c", 'read -r _ || exit 125; exec sh -c "$0" </dev/null', command],
             cwd=directory,
@@ -2700,7 +2702,7 @@ def last_line(output: str) -> str:
     return f": {output.splitlines()[-1].strip()}" if output.strip() else ", without a word"
 
 
-def await_command(host: Host, process: Any, follower: Follower, deploy: Deploy, kind: str) -> int:
+def await_command(host: Host, process: Any, follower: OutputTail, deploy: Deploy, kind: str) -> int:
     """Wait for a release's command and show its output; gives its exit code."""
     import subprocess
 
@@ -2813,14 +2815,14 @@ FETCH = {
 }
 
 
-def fetch(source: Choice, to: str, json_name: str = "") -> None:
+def fetch(source: Variant, to: str, json_name: str = "") -> None:
     """Fetch a document to the path `to`, 0600, whole or not at all; json_name: of one that must be
     JSON.
     """
     part = temp_name(to)
     try:
         os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600))
-        with naming(to):
+        with with_path(to):
             FETCH[source.name](source.value, part)
         if json_name:
             load_json(part, json_name)
@@ -2851,12 +2853,12 @@ def release_store(config: Config) -> Store:
         "http": (http_names, http_exists),
     }[kind]
 
-    def source(name: str) -> Choice:
+    def source(name: str) -> Variant:
         if kind == "http":
             from urllib.parse import quote
 
             name = quote(name)
-        return Choice(kind, base.rstrip("/") + "/" + name)
+        return Variant(kind, base.rstrip("/") + "/" + name)
 
     return Store(
         base,
@@ -3131,7 +3133,7 @@ def unpack_archive(path: str, directory: str, what: str) -> None:
                     f"has only {disk.f_bavail * disk.f_frsize >> 20} MB free; remove old deploys"
                 )
             make_dir(directory)
-            with naming(directory):
+            with with_path(directory):
                 write_members(archive, members, directory, what)
     except (
         zipfile.BadZipFile,
@@ -3184,7 +3186,7 @@ def read_release(directory: str, warn: Callable[[str], None] = lambda message: N
         for key in sorted(set(value) - {*known}):
             warn(f"release.json: c2 does not know the key {key}{nearest(key, known)}")
     try:
-        return record(Release, strict=False)(value, At("", "", warn))
+        return record(Release, strict=False)(value, Location("", "", warn))
     except ConfigError as e:
         raise C2Error(f"{path}: {e}") from None
 
@@ -3475,7 +3477,7 @@ def compose(host: Host, *args: str, **options: Any) -> str:
         raise
 
 
-def laid_out(config: Config) -> Optional[str]:
+def active_compose_file(config: Config) -> Optional[str]:
     """The compose file that the proxy's container was made from; while that changes, the one
     before.
     """
@@ -3483,14 +3485,14 @@ def laid_out(config: Config) -> Optional[str]:
     return read_file(config.proxy_path("docker-compose.yml")) if before is None else before
 
 
-def as_laid_out(host: Host) -> Host:
+def with_running_container(host: Host) -> Host:
     """The host with the container name of its compose file, which may be another than that of the
     configuration: the proxy that was made by that name goes before the new one comes."""
-    mode, service = host.config.proxy, nginx_service(laid_out(host.config))
+    mode, service = host.config.proxy, nginx_service(active_compose_file(host.config))
     name = service["container_name"] if service else mode.container_name
     if name == mode.container_name:
         return host
-    mode = Choice("proxy", mode._replace(container_name=name))
+    mode = Variant("proxy", mode._replace(container_name=name))
     return host._replace(config=host.config._replace(deploy_mode=mode))
 
 
@@ -3535,7 +3537,7 @@ def ask_nginx(host: Host, container: Container, runs: bool) -> dict:
         if runs
         else ["run", "--rm", "--entrypoint", "nginx", nginx_image(config)]
     )
-    said = run(["docker", *args, "-v"], DOCKER_TIMEOUT_SECS, merge=True)
+    said = run(["docker", *args, "-v"], DOCKER_TIMEOUT_SECS, stderr_to_stdout=True)
     return {"image": container.image if runs else "", "version": nginx_version(said)}
 
 
@@ -3571,20 +3573,20 @@ def await_workers(host: Host, before: set, problem: str) -> None:
             if active and not active & before:
                 return
         time.sleep(0.05)
-    raise C2Error(f"{problem}: {proxy_words(host)}")
+    raise C2Error(f"{problem}: {recent_nginx_errors(host)}")
 
 
-def proxy_words(host: Host) -> str:
+def recent_nginx_errors(host: Host) -> str:
     """The last complaints of nginx."""
     name = host.config.proxy.container_name
     try:
-        said = run(["docker", "logs", "--since", "20s", name], merge=True)
+        said = run(["docker", "logs", "--since", "20s", name], stderr_to_stdout=True)
     except C2Error as e:
         return str(e)
-    return complaints(said) or f"it says nothing; look at docker logs {name}"
+    return nginx_errors(said) or f"it says nothing; look at docker logs {name}"
 
 
-def complaints(said: str) -> str:
+def nginx_errors(said: str) -> str:
     """Why nginx does not take a configuration, or can't run, in its words: each once, on one
     line.
     """
@@ -3602,7 +3604,7 @@ def render_nginx(config: Config, context: dict) -> str:
     return render_template(source, context, Partials(os.path.dirname(path)), path)
 
 
-def lay_out_proxy(config: Config, state: State) -> None:
+def make_proxy_dirs(config: Config, state: State) -> None:
     """Make what the container mounts, readable by nginx's user whatever the umask."""
     for name in PROXY_DIRS:
         make_dir(config.proxy_path(name), 0o711 if name == "certs" else 0o755)
@@ -3665,7 +3667,7 @@ def install_nginx_conf(host: Host, conf: str, running: bool) -> Callable[[], Non
         )
     except BaseException as e:
         os.unlink(candidate)
-        words = complaints(getattr(e, "output", ""))
+        words = nginx_errors(getattr(e, "output", ""))
         if not words:
             raise
         source = config.proxy.nginx_conf_template_path or "the built-in template"
@@ -3705,12 +3707,16 @@ def route(
     configuration has changed.
     """
     config = host.config
-    former, layout, container = as_laid_out(host), compose_file(config), inspect_proxy(host)
+    former, layout, container = (
+        with_running_container(host),
+        compose_file(config),
+        inspect_proxy(host),
+    )
     if former is not host:
         container = inspect_proxy(former)
     candidate = config.proxy_path("conf", "candidate.conf")
-    lay_out_proxy(config, state)
-    old_layout = laid_out(config)
+    make_proxy_dirs(config, state)
+    old_layout = active_compose_file(config)
     rebuild = container.running and nginx_service(old_layout) != nginx_service(layout)
     runs = container.running and not rebuild
     context = gather_context(host, state, container, runs)
@@ -3727,7 +3733,7 @@ def route(
             "anew, which refuses connections for a few seconds",
         )
     with undo_on_failure() as undo:
-        write_layout(config, layout, old_layout, undo)
+        write_compose_file(config, layout, old_layout, undo)
         if (start or container.running) and (reload_due or not runs):
             undo.append(install_nginx_conf(host, conf, runs))
         before = read_links(config)
@@ -3749,7 +3755,7 @@ def route(
     remove_old_certificates(config)
 
 
-def write_layout(config: Config, layout: str, old: Optional[str], undo: list) -> None:
+def write_compose_file(config: Config, layout: str, old: Optional[str], undo: list) -> None:
     """Write the compose file; the `old` one is kept beside it until the container has been made
     anew.
     """
@@ -3840,7 +3846,7 @@ def verify(host: Host, state: State, conf: str) -> None:
                         "another directory; c2 shutdown-frontend-proxy, then c2 connect again"
                     )
                 if not inspect_proxy(host).running:
-                    raise C2Error(f"the proxy does not run: {proxy_words(host)}")
+                    raise C2Error(f"the proxy does not run: {recent_nginx_errors(host)}")
                 host.log.warn(
                     "verify",
                     f"nginx does not say on port {config.proxy.http_port} where {name} "
@@ -3894,7 +3900,7 @@ def read_certificate(path: str, source: str = "") -> Certificate:
     return Certificate(names, begins, ends)
 
 
-def pair_fault(pair: List[str], key: str) -> str:
+def pair_problem(pair: List[str], key: str) -> str:
     """Why a certificate can't be used with its key, as the end of a sentence that names the `key`;
     "" when it can.
     """
@@ -3943,7 +3949,7 @@ def copy_certificate(
         certificate = read_certificate(copies[0], source[0])
         if generated:  # hosts added since have to wait for the next one, those it is for have not
             hosts = [host for host in hosts if certificate.covers(host)]
-        fault = certificate.fault(hosts, time.time()) or pair_fault(copies, source[1])
+        fault = certificate.fault(hosts, time.time()) or pair_problem(copies, source[1])
         if fault:
             raise C2Error(f"{source[0]} {fault}")
     return [CERTS_IN_PROXY + file for file in files] if hosts else None
@@ -4059,7 +4065,7 @@ def known_to_certbot(host: Host) -> str:
         re.search("(?m)^fullchain = ", known)
         and not any(f.startswith("previous_") for f in files)
         and all(os.path.exists(os.path.join(live, f"{kind}.pem")) for kind in CERTBOT_FILES)
-        and pair_fault(pair, pair[1]) in ("", "is too weak")
+        and pair_problem(pair, pair[1]) in ("", "is too weak")
     )
     left = [path for path in (conf, live, archive) if not whole and os.path.lexists(path)]
     if left:
@@ -4102,7 +4108,7 @@ def run_certbot(host: Host) -> None:
             name,
             "certbot",
             *certbot_args(config, elsewhere),
-            merge=True,
+            stderr_to_stdout=True,
         )
     except CommandFailed as e:
         source = f" from {config.acme_server}" if config.acme_server else ""
@@ -4229,7 +4235,7 @@ def deploy_context(host: Host, deploy: Deploy) -> dict:
     return dict(context, ports=ports)
 
 
-def undo_launch(host: Host, journal: Journal, deploy: Deploy, old: Optional[Deploy]) -> None:
+def roll_back_start(host: Host, journal: Journal, deploy: Deploy, old: Optional[Deploy]) -> None:
     """Take back an unfinished start, from whatever step it was in, and start `old` again."""
     config, place = host.config, host.config.path(deploy.label)
     stopped = journal.record.get("stopped")
@@ -4332,9 +4338,9 @@ def undo(host: Host, journal: Journal) -> None:
     run again, and where the deploy is half removed, the next command finishes that.
     """
     action, step = journal.action, journal.record.get("step")
-    journal.lenient = True
+    journal.ignore_disk_full = True
     if step and isinstance(action, (Create, Replace, Restart)):
-        undo_launch(host, journal, action.deploy, getattr(action, "old", None))
+        roll_back_start(host, journal, action.deploy, getattr(action, "old", None))
     elif step == "switch":
         restore_links(host.config)
     if step != "remove":
@@ -4346,7 +4352,7 @@ def new_journal(host: Host, action: Any) -> Journal:
     return Journal(host.config.proxy_path("journal.json"), record)
 
 
-def carry_out(host: Host, actions: list, state: State) -> State:
+def apply_actions(host: Host, actions: list, state: State) -> State:
     """Execute actions, and save the state after each; the first that fails is undone and raised."""
     for action in actions:
         journal = new_journal(host, action)
@@ -4358,7 +4364,7 @@ def carry_out(host: Host, actions: list, state: State) -> State:
         except BaseException as e:
             with uninterruptible():
                 if isinstance(e, Interrupted) and journal.record.get("step") in ("remove", "done"):
-                    settle(host, journal, state)  # it came too late
+                    commit(host, journal, state)  # it came too late
                     raise
                 reason = str(e) if isinstance(e, (C2Error, OSError)) else "interrupted"
                 host.log.event(
@@ -4381,7 +4387,7 @@ def carry_out(host: Host, actions: list, state: State) -> State:
             raise
         with uninterruptible():
             try:
-                state = settle(host, journal, state, round(time.monotonic() - began, 3))
+                state = commit(host, journal, state, round(time.monotonic() - began, 3))
             except OSError as e:
                 raise C2Error(
                     f"{done} is done, but that can't be recorded ({e.filename}: "
@@ -4390,7 +4396,7 @@ def carry_out(host: Host, actions: list, state: State) -> State:
     return state
 
 
-def settle(host: Host, journal: Journal, state: State, seconds: Optional[float] = None) -> State:
+def commit(host: Host, journal: Journal, state: State, seconds: Optional[float] = None) -> State:
     """Record a finished action, then remove what is not needed any more; the journal goes last."""
     config, action = host.config, journal.action
     _, done, fields = describe(action)
@@ -4401,11 +4407,11 @@ def settle(host: Host, journal: Journal, state: State, seconds: Optional[float] 
         remove(config.path(action.old.label))
         remove(output_path(config, action.old.label))
     journal.clear()
-    tidy(host)
+    clean_up(host)
     return state
 
 
-def tidy(host: Host) -> None:
+def clean_up(host: Host) -> None:
     """Remove what staging, replaced deploys and kills have left, but for what a recovery still
     needs.
     """
@@ -4450,23 +4456,23 @@ def recover(host: Host) -> None:
             load_state(host.config),
         )
         host.log.warn("recover", f"the last command was killed: {doing}; putting that right first")
-        if end_left_over(journal.record["group"]):
+        if end_orphan(journal.record["group"]):
             host.log.warn("recover", "ended the command that it left running")
         with uninterruptible():
             if not done:
-                put_right(host, journal, state)
+                finish_or_roll_back(host, journal, state)
             if done or isinstance(journal.action, (Destroy, Connect, Disconnect)):
-                settle(host, journal, state)
+                commit(host, journal, state)
         host.log.info("recovered", f"put right: {doing}")
-    tidy(host)
+    clean_up(host)
 
 
-def put_right(host: Host, journal: Journal, state: State) -> None:
+def finish_or_roll_back(host: Host, journal: Journal, state: State) -> None:
     """Undo or finish what the journal tells of. Where that fails, an endpoint is left as the state
     has it, and a label is blocked; others are free at the next command.
     """
     action, doing, config = journal.action, journal.doing, host.config
-    journal.lenient = True
+    journal.ignore_disk_full = True
     try:
         if isinstance(action, (Create, Replace, Restart)):
             undo(host, journal)
@@ -4489,7 +4495,7 @@ def put_right(host: Host, journal: Journal, state: State) -> None:
         ) from None
 
 
-def unblock(host: Host, subject: str) -> None:
+def retry_blocked(host: Host, subject: str) -> None:
     """Try the recovery again that blocks this label, if one does."""
     path = host.config.proxy_path("blocked", f"{subject}.json")
     if os.path.exists(path):
@@ -4738,7 +4744,7 @@ def difference(config: Config, wanted: State, state: State) -> str:
     return ", ".join(said)
 
 
-def complaint(config: Config, wanted: Optional[State], record: Record) -> str:
+def slave_problem(config: Config, wanted: Optional[State], record: Record) -> str:
     """What is wrong with a slave, "" for nothing; wanted: the master state, None when it can't be
     read.
     """
@@ -4755,9 +4761,9 @@ def fleet_text(config: Config, wanted: Optional[State], records: List[Record]) -
     for r in records:
         about = r.raw if isinstance(r.raw, dict) else {}
         where = ", ".join(str(about[key]) for key in ("ipAddress", "hostName") if about.get(key))
-        said = complaint(config, wanted, r) or f"ok, {r.age:.0f} s ago"
+        said = slave_problem(config, wanted, r) or f"ok, {r.age:.0f} s ago"
         lines.append(f"  {r.label}{f' ({where})' if where else ''}: {said}")
-    bad = len([r for r in records if complaint(config, wanted, r)])
+    bad = len([r for r in records if slave_problem(config, wanted, r)])
     return (
         "\n".join(lines) + (f"\n{bad} of {len(records)} slaves need a look" if bad else "") + "\n"
     )
@@ -4805,14 +4811,14 @@ def fleet_status(config: Config, args: Any, directory: str) -> tuple:
                     "label": r.label,
                     "lastModified": utc_now(r.moment),
                     "state": r.raw,
-                    "problem": complaint(config, state, r),
+                    "problem": slave_problem(config, state, r),
                 }
                 for r in records
             ]
         return json.dumps(plain, indent=2) + "\n", problem
     shown = status_text(config, state, {}) if state else f"No master state: {problem}"
     shown += "\n\n" + fleet_text(config, state, records) if args.show_slaves else "\n"
-    return visible(shown), problem
+    return printable(shown), problem
 
 
 def await_fleet(host: Host, wait: float) -> None:
@@ -4829,7 +4835,7 @@ def await_fleet(host: Host, wait: float) -> None:
                 wanted = read_master(config)[0]
                 live = [r for r in read_records(config, directory) if r.age <= LIVE_SECS]
                 late = [
-                    f"{r.label}: {c}" for r in live for c in [complaint(config, wanted, r)] if c
+                    f"{r.label}: {c}" for r in live for c in [slave_problem(config, wanted, r)] if c
                 ]
                 shown = (
                     f"{len(late)} of {len(live)} slaves are not there yet"
@@ -4953,7 +4959,8 @@ def slave_label(mode: ProxyMode) -> str:
     try:
         token = ask("PUT", "/latest/api/token", token_ttl_seconds="60")
         return label(
-            ask("GET", "/latest/meta-data/instance-id", token=token), At("instance-id", "", say)
+            ask("GET", "/latest/meta-data/instance-id", token=token),
+            Location("instance-id", "", say),
         )
     except (OSError, ValueError) as e:
         raise C2Error(
@@ -5070,7 +5077,7 @@ class Slave:
         host = self.host
         for name in list_dir(host.config.proxy_path("blocked")):
             self.attempt(
-                host.config.proxy_path("blocked", name), unblock, host, name[: -len(".json")]
+                host.config.proxy_path("blocked", name), retry_blocked, host, name[: -len(".json")]
             )
         self.restart()
         if master:
@@ -5107,7 +5114,7 @@ class Slave:
         if read_file(path) == boot_id():
             return
         for _, deploy in sorted(load_state(host.config).deploys.items()):
-            if not listening(deploy.port) and not self.barred(Restart(deploy)):
+            if not listening(deploy.port) and not self.backing_off(Restart(deploy)):
                 self.attempt(
                     Restart(deploy), self.perform, Restart(deploy), load_state(host.config)
                 )
@@ -5120,7 +5127,7 @@ class Slave:
         """
         config, actions, seen = self.host.config, [None], set()
         while actions:
-            actions = doable(config.end_points, load_state(config), master, self.barred)
+            actions = feasible(config.end_points, load_state(config), master, self.backing_off)
             if self.rehearse(actions, master, seen):
                 self.follow_plan(actions, master)
 
@@ -5187,7 +5194,7 @@ class Slave:
                 self.host, state, action.end_point, state.deploys[action.label], False
             )
         if not problem or state.connections.get(action.end_point) != action.label:
-            carry_out(self.host, [action], state)
+            apply_actions(self.host, [action], state)
         if problem:
             raise C2Error(f"{problem}, though {action.end_point} is connected to it")
 
@@ -5219,7 +5226,7 @@ class Slave:
             key in self.tried or key in self.failures and self.failures[key].due > time.monotonic()
         )
 
-    def barred(self, action: Any) -> bool:
+    def backing_off(self, action: Any) -> bool:
         subject = getattr(action, "end_point", None) or action.deploy.label
         blocked = self.host.config.proxy_path("blocked", f"{subject}.json")
         return self.waits(failure_key(action)) or os.path.exists(blocked)
@@ -5408,9 +5415,9 @@ def change(
         change_master(host, decide)
         return None if args.wait is None else await_fleet(host, args.wait)
     with changing(host, args.lock_wait, **dict({"verb": args.command}, **about)):
-        unblock(host, subject(host_state(host.config)))
+        retry_blocked(host, subject(host_state(host.config)))
         state = host_state(host.config)
-        carry_out(host, decide(state), state)
+        apply_actions(host, decide(state), state)
 
 
 @command(
@@ -5434,7 +5441,7 @@ def cmd_start(host: Host, args: Any) -> None:
 def start_release(host: Host, args: Any, release: str, name: str) -> None:
     """Deploy a release under the label `name`, by the rules of `start_actions`."""
     config, remote = host.config, bool(host.config.remote)
-    release_name(release, At("RELEASE", "", say))
+    release_name(release, Location("RELEASE", "", say))
     check_label(name, State())
     if remote:
         require_release(config, release)
@@ -5501,10 +5508,10 @@ def cmd_stop(host: Host, args: Any) -> None:
             host.log.warn("unblock", f"{args.deploy} is not blocked any more", deploy=args.deploy)
             if args.deploy not in state.deploys:
                 remove(config.path(args.deploy))
-                return tidy(host)
+                return clean_up(host)
         actions = stop_actions(state, args.deploy, args.force)
-        unblock(host, actions[0].deploy.label)
-        carry_out(host, actions, state)
+        retry_blocked(host, actions[0].deploy.label)
+        apply_actions(host, actions, state)
 
 
 @command(
@@ -5637,7 +5644,7 @@ def report_unfinished(config: Config) -> None:
     something.
     """
     journal = read_journal(config.proxy_path("journal.json"))
-    holder = read_holder(config)
+    holder = lock_holder(config)
     if journal and holder:
         say(f"under way: {journal.doing}, pid {holder['pid']}, since {journal.record['since']}")
     elif journal:
@@ -5789,7 +5796,7 @@ def cmd_unpack(host: Host, args: Any) -> None:
     directory = os.path.abspath(args.dir)
     if list_dir(directory):
         raise C2Error(f"{directory} is not empty; give a new directory")
-    release_name(args.release, At("RELEASE", "", say))
+    release_name(args.release, Location("RELEASE", "", say))
     fetch_context(host)
     staging = temp_name(directory)
     try:
@@ -5833,7 +5840,7 @@ def cmd_restart_frontend_proxy(host: Host, args: Any) -> None:
 def cmd_shutdown_frontend_proxy(host: Host, args: Any) -> None:
     require_proxy(host.config, "shutdown-frontend-proxy")
     with changing(host, args.lock_wait, verb="shutdown-frontend-proxy"):
-        host = as_laid_out(host)
+        host = with_running_container(host)
         if inspect_proxy(host).directory:
             compose(host, "down")
         host.log.info(

@@ -1503,12 +1503,12 @@ class ConfigurationCases(unittest.TestCase):
         self.assertEqual(
             config,
             c2.Config(
-                releases=c2.Choice("localdir", "/r"),
+                releases=c2.Variant("localdir", "/r"),
                 deploys_dir="/opt/deploys",
                 context_cache="/opt/config",
                 log_file="/opt/var/log/camus2.log",
                 config_sources={},
-                deploy_mode=c2.Choice("noproxy"),
+                deploy_mode=c2.Variant("noproxy"),
                 health_check=c2.HealthCheck("/health-check", "/", None),
                 nginx_docker_image="nginx",
                 nginx_docker_version="latest",
@@ -1525,10 +1525,10 @@ class ConfigurationCases(unittest.TestCase):
         self.assertEqual(
             decoded(proxied())[0].proxy,
             c2.ProxyMode(
-                end_points={"main": c2.EndPoint(["main.localhost"], c2.Choice("httpOnly"))},
+                end_points={"main": c2.EndPoint(["main.localhost"], c2.Variant("httpOnly"))},
                 remote_state_s3=None,
                 dynamic_port_range=c2.PortRange(8000, 8100),
-                slave_label=c2.Choice("ec2InstanceId"),
+                slave_label=c2.Variant("ec2InstanceId"),
                 slave_interface_name="eth0",
                 nginx_conf_template_path=None,
                 http_port=80,
@@ -1594,7 +1594,7 @@ class ConfigurationCases(unittest.TestCase):
                 )
             ]
         )
-        self.assertEqual(generated.end_points["main"].certificate, c2.Choice("generated"))
+        self.assertEqual(generated.end_points["main"].certificate, c2.Variant("generated"))
         given = decoded(
             with_main(
                 etype={
@@ -1606,7 +1606,7 @@ class ConfigurationCases(unittest.TestCase):
         )[0]
         self.assertEqual(
             given.end_points["main"].certificate,
-            c2.Choice("explicit", c2.SslCert("/etc/c2/c.pem", "/k.pem")),
+            c2.Variant("explicit", c2.SslCert("/etc/c2/c.pem", "/k.pem")),
         )
 
     def test_what_the_documents_of_camus2_show(self):
@@ -1637,11 +1637,11 @@ class ConfigurationCases(unittest.TestCase):
         self.assertEqual(
             fleet,
             plain._replace(
-                deploy_mode=c2.Choice(
+                deploy_mode=c2.Variant(
                     "proxy",
                     plain.proxy._replace(
                         remote_state_s3="s3://state-of-app",
-                        slave_label=c2.Choice("label", "myslave"),
+                        slave_label=c2.Variant("label", "myslave"),
                     ),
                 )
             ),
@@ -2542,14 +2542,14 @@ class DerivedText(unittest.TestCase):
         self.assertIn("/w$$w: {x}", c2.compose_file(odd))
         mode = self.config.proxy
         other = self.config._replace(
-            deploy_mode=c2.Choice("proxy", mode._replace(container_name="Edge.1"))
+            deploy_mode=c2.Variant("proxy", mode._replace(container_name="Edge.1"))
         )
         self.assertEqual(json.loads(c2.compose_file(other))["name"], "edge1")
 
     def test_compose_file_depends_on_nothing_of_daily_work(self):
         mode = self.config.proxy
         daily = mode._replace(
-            end_points=dict(mode.end_points, new=c2.EndPoint(["n.test"], c2.Choice("httpOnly"))),
+            end_points=dict(mode.end_points, new=c2.EndPoint(["n.test"], c2.Variant("httpOnly"))),
             dynamic_port_range=c2.PortRange(9000, 9900),
             http_port=8080,
             nginx_conf_template_path="/x",
@@ -2557,7 +2557,7 @@ class DerivedText(unittest.TestCase):
             drain_timeout_secs=1,
         )
         self.assertEqual(
-            c2.compose_file(self.config._replace(deploy_mode=c2.Choice("proxy", daily))),
+            c2.compose_file(self.config._replace(deploy_mode=c2.Variant("proxy", daily))),
             c2.compose_file(self.config),
         )
 
@@ -2796,21 +2796,21 @@ class HttpStore(Sandbox):
             for path in ("/silent", "/begins"):
                 began = time.monotonic()
                 with self.assertRaisesRegex(c2.C2Error, "%s: .*timed out" % (url + path)):
-                    c2.fetch(c2.Choice("http", url + path), self.path("got"))
+                    c2.fetch(c2.Variant("http", url + path), self.path("got"))
                 self.assertLess(time.monotonic() - began, 10)
                 self.assertEqual([n for n in os.listdir(self.dir) if "got" in n], [])
 
     def test_a_half_download_never_replaces_a_whole_one(self):
         with Served({"/a": "whole"}) as url:
-            c2.fetch(c2.Choice("http", url + "/a"), self.path("got"))
+            c2.fetch(c2.Variant("http", url + "/a"), self.path("got"))
         self.assertEqual(os.stat(self.path("got")).st_mode & 0o777, 0o600)
         with Served({"/a": 500}) as url, self.assertRaises(c2.C2Error):
-            c2.fetch(c2.Choice("http", url + "/a"), self.path("got"))
+            c2.fetch(c2.Variant("http", url + "/a"), self.path("got"))
         with self.assertRaises(c2.Missing):
-            c2.fetch(c2.Choice("file", self.path("nowhere")), self.path("got"))
+            c2.fetch(c2.Variant("file", self.path("nowhere")), self.path("got"))
         with mock.patch.dict(c2.FETCH, file=lambda source, to: self.write(to, "half") and 1 / 0):
             with self.assertRaises(ZeroDivisionError):
-                c2.fetch(c2.Choice("file", "x"), self.path("got"))
+                c2.fetch(c2.Variant("file", "x"), self.path("got"))
         self.assertEqual(
             (self.read("got"), len([n for n in os.listdir(self.dir) if "got" in n])), ("whole", 1)
         )
@@ -5020,7 +5020,7 @@ class Readme(Proxy):
                 value.incoming_path,
                 value.outgoing_path,
             )
-        elif isinstance(value, c2.Choice):
+        elif isinstance(value, c2.Variant):
             value = value.name
         elif isinstance(value, c2.PortRange):
             value = list(value)
@@ -6283,14 +6283,14 @@ class FleetWords(unittest.TestCase):
 
     def test_complaints(self):
         mode = c2.ProxyMode(
-            {e: c2.EndPoint(["x"], c2.Choice("httpOnly")) for e in ("main", "other")}
+            {e: c2.EndPoint(["x"], c2.Variant("httpOnly")) for e in ("main", "other")}
         )
-        config = c2.Config(c2.Choice("localdir", "/"), deploy_mode=c2.Choice("proxy", mode))
+        config = c2.Config(c2.Variant("localdir", "/"), deploy_mode=c2.Variant("proxy", mode))
         wanted, now = c2.decode_master(json.dumps(self.STATE), "URL"), time.time()
 
         def said(age=10, **keys):
             source = json.dumps(dict({"status": "ok", "state": self.STATE}, **keys))
-            return c2.complaint(config, wanted, c2.decode_record("i", now - age, source))
+            return c2.slave_problem(config, wanted, c2.decode_record("i", now - age, source))
 
         self.assertEqual("", said())
         self.assertEqual("", said(status={"ok": None}))
@@ -6551,9 +6551,11 @@ class Staying(unittest.TestCase):
 
     def slave(self, **keys):
         mode = c2.ProxyMode(
-            {}, "s3://bucket/base", slave_label=keys.pop("label", c2.Choice("label", "x"))
+            {}, "s3://bucket/base", slave_label=keys.pop("label", c2.Variant("label", "x"))
         )
-        config = c2.Config(c2.Choice("localdir", "/"), deploy_mode=c2.Choice("proxy", mode), **keys)
+        config = c2.Config(
+            c2.Variant("localdir", "/"), deploy_mode=c2.Variant("proxy", mode), **keys
+        )
         with mock.patch.object(threading.Thread, "start"):
             return c2.Slave(c2.Host(config, mock.Mock()), None)
 
@@ -6576,12 +6578,12 @@ class Staying(unittest.TestCase):
     def test_a_stop_that_fails_three_times_is_forced(self):
         slave, deploy, forced = self.slave(), c2.Deploy("a", "a.zip", 8000), []
 
-        def carry_out(host, actions, state):
+        def apply_actions(host, actions, state):
             forced.append(actions[0].force)
             if not actions[0].force:
                 raise c2.C2Error("the stop command exited 7")
 
-        with mock.patch.object(c2, "carry_out", carry_out):
+        with mock.patch.object(c2, "apply_actions", apply_actions):
             for _ in range(4):
                 slave.attempt(c2.Destroy(deploy), slave.perform, c2.Destroy(deploy), c2.State())
                 slave.attempt(c2.Destroy(deploy), slave.perform, c2.Destroy(deploy), c2.State())
@@ -6662,7 +6664,7 @@ class Following(unittest.TestCase):
         if not bad:
             self.assertEqual((new.deploys, new.connections), (state.deploys, state.connections))
         for deploy in new.deploys.values():
-            held = {d.label for d in c2.blockers(old, deploy)} & set(old.connections.values())
+            held = {d.label for d in c2.conflicts(old, deploy)} & set(old.connections.values())
             if deploy not in bad and not held:
                 self.assertEqual(deploy, state.deploys.get(deploy.label), "held up by what failed")
         for end_point, name in new.connections.items():
@@ -6680,7 +6682,7 @@ class Following(unittest.TestCase):
             for release in ("old", "new")
         )
         began = time.monotonic()
-        self.assertEqual([], c2.doable(names, old, new, lambda a: isinstance(a, c2.Replace)))
+        self.assertEqual([], c2.feasible(names, old, new, lambda a: isinstance(a, c2.Replace)))
         self.assertLess(time.monotonic() - began, 10)
 
     def test_a_deploy_that_only_starts_or_only_connects_to_others(self):
@@ -7036,7 +7038,7 @@ class CertificateFiles(unittest.TestCase):
     def host(self, pair, names=("www.example.com",)):
         main = {"serverNames": list(names), "etype": explicit(pair)}
         config = https_config(self.dir, proxy={"endPoints": {"main": main}})
-        c2.lay_out_proxy(config, c2.State())
+        c2.make_proxy_dirs(config, c2.State())
         return c2.Host(config, c2.Log(config.log_file, "test"))
 
     def copies(self):
@@ -7277,7 +7279,7 @@ class CertificateFiles(unittest.TestCase):
 
     def test_a_generated_one_serves_the_hosts_that_it_is_for(self):
         config = https_config(self.dir, letsencryptPrefixDir=self.dir)
-        c2.lay_out_proxy(config, c2.State())
+        c2.make_proxy_dirs(config, c2.State())
         host = c2.Host(config, c2.Log(config.log_file, "test"))
         self.assertEqual(c2.install_certificates(host), {})
         self.assertEqual(sorted(c2.status_certificates(config)), ["main", "shop"])
@@ -9142,10 +9144,10 @@ class Hostile(Faulty):
                 f.write(self.mutate(rng, seeds[path].encode()))
             for read in (
                 lambda: c2.load_state(host.config),
-                lambda: c2.read_holder(host.config),
+                lambda: c2.lock_holder(host.config),
                 lambda: c2.read_journal(os.path.join(root, "journal.json")),
                 lambda: c2.encode_state(c2.load_state(host.config)),
-                lambda: c2.end_left_over(
+                lambda: c2.end_orphan(
                     c2.read_journal(os.path.join(root, "journal.json")).record["group"]
                 ),
                 lambda: c2.read_release(self.path("deploys", "a")),
@@ -9358,7 +9360,7 @@ class OriginalFaults(Faulty):
         certificate, key = make_certificate(self.dir, "given", ["main.test"])
         config = self.https({"explicit": {"sslCertificate": certificate, "sslCertificateKey": key}})
         os.chmod(key, 0o644)
-        c2.lay_out_proxy(config, c2.State())
+        c2.make_proxy_dirs(config, c2.State())
         pair = c2.install_certificates(c2.Host(config, mock.MagicMock()))["main"]
         volumes = json.loads(c2.compose_file(config))["services"]["nginx"]["volumes"]
         mounted = {v["target"]: v["source"] for v in volumes}
