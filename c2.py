@@ -2055,6 +2055,31 @@ def make_dir(path: str, mode: int = 0o755) -> None:
         os.umask(umask)
 
 
+def require_private(*paths: str) -> None:
+    """Refused when another user than root and c2's own can write one of these, if it is there."""
+    import shlex
+
+    foreign, writable = [], []
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            found = os.stat(path)
+            foreign += [path] if found.st_uid not in (0, os.geteuid()) else []
+            writable += [path] if found.st_mode & 0o022 else []
+    if foreign or writable:
+        mend = [
+            " ".join([command, *map(shlex.quote, changed)])
+            for command, changed in (
+                (f"chown {os.geteuid() or 'root'}", foreign),
+                ("chmod go-w", writable),
+            )
+            if changed
+        ]
+        raise Refused(
+            f"other users can write {', '.join(sorted({*foreign, *writable}))}, and so choose what "
+            f"c2 runs; mend that: {'; '.join(mend)}"
+        )
+
+
 def read_file(path: str) -> Optional[str]:
     """The text of a UTF-8 file, None when there is none."""
     try:
@@ -2469,6 +2494,11 @@ def locked(
     import fcntl
 
     config = host.config
+    require_private(
+        config.deploys_dir,
+        *map(config.path, (".staging", ".old", "frontend-proxy")),
+        *map(config.proxy_path, list_dir(config.proxy_path())),
+    )
     make_dir(config.proxy_path())
     deadline, told, cancelled = time.monotonic() + wait, False, False
     with open(
@@ -2636,6 +2666,11 @@ def output_path(config: Config, name: str) -> str:
     return config.proxy_path("output", f"{name}.log")
 
 
+def command_files(directory: str) -> List[str]:
+    """What decides, in a deploy's directory, which commands are run."""
+    return [directory, os.path.join(directory, "release.json")]
+
+
 def run_command(host: Host, journal: Journal, deploy: Deploy, kind: str, directory: str) -> None:
     """Run a release's prestart, start or stop command by `sh -c` in `directory`.
 
@@ -2645,6 +2680,7 @@ def run_command(host: Host, journal: Journal, deploy: Deploy, kind: str, directo
     """
     import subprocess
 
+    require_private(*command_files(directory))
     release = read_release(directory)
     command = getattr(release, f"{kind}_command")
     if not command.strip():
@@ -3092,7 +3128,7 @@ def archive_members(infos: list, what: str) -> List[Member]:
         for above in ("/".join(parts[:i]) for i in range(1, len(parts))):
             if kinds.setdefault(above, "dir") != "dir":
                 raise C2Error(f"{what}: {above} is a {kinds[above]} and a directory too")
-        found[name] = Member(name, kind, bits & 0o777, info)
+        found[name] = Member(name, kind, bits & 0o755, info)
     return list(found.values())
 
 
@@ -3114,8 +3150,8 @@ def check_link(name: str, target: str, what: str) -> None:
 
 
 def unpack_archive(path: str, directory: str, what: str) -> None:
-    """Unpack a zip archive into a new directory, with the modes it gives (absent: 0644, directories
-    0755).
+    """Unpack a zip archive into a new directory, with the modes it gives, less what lets others
+    write (absent: 0644, directories 0755).
     """
     import errno
     import struct
@@ -3216,8 +3252,8 @@ def inside(path: str, directory: str) -> bool:
 def expand_file(
     template: str, to: str, context: dict, warn: Callable[[str], None], shown: str
 ) -> None:
-    """Expand a template file to the file `to`, which takes its mode; `shown` names it in
-    messages.
+    """Expand a template file to the file `to`, which takes its mode, less what lets others write;
+    `shown` names it in messages.
     """
     source = read_file(template)
     if source is None:
@@ -3225,7 +3261,7 @@ def expand_file(
     replace_file(
         to,
         render_template(source, context, Partials(os.path.dirname(template)), shown, warn),
-        os.stat(template).st_mode & 0o777,
+        os.stat(template).st_mode & 0o755,
     )
 
 
@@ -4187,6 +4223,8 @@ def launch(host: Host, journal: Journal, deploy: Deploy, old: Optional[Deploy]) 
     it.
     """
     config = host.config
+    if old:
+        require_private(*command_files(config.path(old.label)))
     journal.step("prepare")
     staging, place = config.path(".staging", deploy.label), config.path(deploy.label)
     make_dir(config.path(".staging"), 0o711)
@@ -4300,6 +4338,8 @@ def destroy(host: Host, journal: Journal, deploy: Deploy, force: bool) -> None:
         "again", False
     )  # a stop command may fail the second time
     if step != "remove":
+        if not force:
+            require_private(*command_files(place))
         journal.step("drain", again=again)
         if config.proxy:
             drain(host, deploy)

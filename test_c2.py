@@ -105,6 +105,8 @@ class Sandbox(unittest.TestCase):
     def setUp(self):
         self.dir = os.path.realpath(tempfile.mkdtemp(prefix="c2-test-"))
         self.addCleanup(shutil.rmtree, self.dir, ignore_errors=True)
+        # Another may let a group write what c2 refuses then.
+        self.addCleanup(os.umask, os.umask(0o022))
         for name in ("bin", "etc", "releases"):
             os.mkdir(self.path(name))
         shutil.copy(C2, self.path("bin", "c2"))
@@ -3047,6 +3049,20 @@ class Unpacking(Sandbox):
             [0o755, 0o750, 0o644, 0o700, 0o755, 0o755, 0o600, 0o755],
         )
 
+    def test_others_may_write_nothing(self):
+        modes = {"folder/": 0o043777, "release.json": 0o107666, "a.tpl": 0o100662, "none": 0o100022}
+        infos = [zipfile.ZipInfo(name) for name in modes]
+        for info in infos:
+            info.external_attr = modes[info.filename] << 16
+        self.unpack(self.archive(*[(info, "") for info in infos]))
+        self.assertEqual(
+            [os.stat(self.path("in", "out", name)).st_mode & 0o7777 for name in modes],
+            [0o755, 0o644, 0o640, 0o644],
+        )
+        self.write("in/own.tpl", "", 0o666)
+        c2.expand_file(self.path("in", "own.tpl"), self.path("in", "own"), {}, self.fail, "own.tpl")
+        self.assertEqual(os.stat(self.path("in", "own")).st_mode & 0o7777, 0o644)
+
     def test_links_inside(self):
         self.unpack(
             self.archive(
@@ -3494,6 +3510,39 @@ class NoProxy(OneHost):
         for path in ("deploys", "deploys/a", "deploys/frontend-proxy"):
             self.assertEqual(os.stat(self.path(path)).st_mode & 0o777, 0o755, path)
 
+    def test_what_others_can_write_is_refused_with_the_command_that_mends_it(self):
+        self.marked("a.zip")
+        self.marked("b.zip")
+        self.c2("start", "a.zip")
+        self.ran()
+        before, lines = self.snapshot(), (("stop", "a"), ("start", "b.zip"), ("start", "a.zip"))
+        proxy = "frontend-proxy"
+        names = ["", ".old", ".staging", proxy, proxy + "/state.json", proxy + "/lock"]
+        names += [proxy + "/output", "a", "a/release.json"]
+        for line, name, mode in zip(itertools.cycle(lines), names * 2, [0o20] * 9 + [0o2] * 9):
+            path = self.path("deploys", name).rstrip("/")
+            os.chmod(path, os.stat(path).st_mode | mode)
+            self.refused_and_mended(line, path, "chmod go-w " + path)
+        if os.getuid() == 0:
+            for line, name in zip(
+                itertools.cycle(lines), ("", "frontend-proxy", "a", "a/release.json")
+            ):
+                path = self.path("deploys", name).rstrip("/")
+                os.chown(path, 65534, 0)
+                self.refused_and_mended(line, path, "chown root " + path)
+        self.assertEqual((self.snapshot(), self.ran()), (before, []))
+        os.chmod(self.path("deploys", "a"), 0o777)
+        self.assertIn("removing it all the same", self.c2("stop", "--force", "a").err)
+        self.assertEqual(self.ran(), [])
+
+    def refused_and_mended(self, line, path, mend):
+        ran = self.c2(*line, code=3)
+        self.assertIn(
+            "other users can write %s, and so choose what c2 runs; mend that: %s\n" % (path, mend),
+            ran.err,
+        )
+        subprocess.check_call(["sh", "-c", mend])
+
     def test_umask(self):
         self.release("a.zip", {"d/e": "x", "t.tpl": "y"}, templates=["t.tpl"])
         self.c2("start", "a.zip", umask=0o077)
@@ -3895,7 +3944,7 @@ class NoProxyFailures(OneHost):
         )
         self.marked("small.zip", startCommand="echo start $C2_DEPLOY >> %s" % self.path("ran"))
         script = (
-            "set -e; mount -t tmpfs -o size=1m none deploys; C2='%s bin/c2'\n"
+            "set -e; mount -t tmpfs -o size=1m,mode=755 none deploys; C2='%s bin/c2'\n"
             "$C2 start small.zip; cat deploys/frontend-proxy/state.json > state1\n"
             "$C2 start big.zip 2> big.err && exit 91; echo $? > big.code\n"
             "$C2 start fills.zip 2> fills.err && exit 92; echo $? > fills.code\n"
