@@ -2814,6 +2814,24 @@ def fetch_http(url: str, to: str) -> None:
             )
 
 
+def http_opener() -> Any:
+    """What opens addresses; a redirect leads it neither from https to http nor to other schemes."""
+    import urllib.parse
+    import urllib.request
+
+    class Redirects(urllib.request.HTTPRedirectHandler):
+        def redirect_request(self, request: Any, *answer: Any) -> Any:
+            scheme = urllib.parse.urlsplit(answer[-1]).scheme
+            if scheme != "https" and (scheme, request.type) != ("http", "http"):
+                raise C2Error(
+                    f"{request.full_url}: it redirects from {request.type} to {scheme}, which is "
+                    "not followed; give the address that it redirects to, if it can be trusted"
+                )
+            return super().redirect_request(request, *answer)
+
+    return urllib.request.build_opener(Redirects)
+
+
 @contextlib.contextmanager
 def open_http(url: str, method: str = "GET") -> Any:
     """The answer to a request, to be read; Missing or C2Error when it fails, also while it is
@@ -2825,7 +2843,7 @@ def open_http(url: str, method: str = "GET") -> Any:
 
     request = urllib.request.Request(url, headers={"User-Agent": f"c2/{VERSION}"}, method=method)
     try:
-        with urllib.request.urlopen(request, timeout=HTTP_TIMEOUT_SECS) as answer:
+        with http_opener().open(request, timeout=HTTP_TIMEOUT_SECS) as answer:
             yield answer
     except urllib.error.HTTPError as e:
         kind = Missing if e.code in (404, 410) else C2Error

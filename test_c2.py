@@ -2097,10 +2097,11 @@ class ConfigurationFiles(Sandbox):
 
 class Served(object):
     """An http server on a port of its own: `files` PATH -> text, bytes, an error code, or a
-    function that is given the request handler. `with Served(…) as url`.
+    function that is given the request handler; pair: a certificate and its key, of an https server.
+    `with Served(…) as url`.
     """
 
-    def __init__(self, files):
+    def __init__(self, files, pair=None):
         from http.server import BaseHTTPRequestHandler, HTTPServer
         from socketserver import ThreadingMixIn
 
@@ -2131,6 +2132,11 @@ class Served(object):
 
         self.server = Server(("127.0.0.1", 0), Handler)
         self.url = "http://127.0.0.1:%d" % self.server.server_address[1]
+        if pair:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(*pair)
+            self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
+            self.url = self.url.replace("http://127.0.0.1", "https://localhost")
 
     def __enter__(self):
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
@@ -2780,6 +2786,39 @@ class HttpStore(Sandbox):
                 self.assertEqual(
                     sorted(os.listdir(self.dir)), ["bin", "etc", "log.json", "releases"]
                 )
+
+    def test_redirects_keep_to_https_and_to_the_web(self):
+        def redirect(handler):
+            hop, rest = handler.path[1:].split("/", 1)
+            handler.send_response(302)
+            handler.send_header("Location", "%s/%s" % (bases[hop], rest))
+            handler.end_headers()
+
+        pair = make_certificate(self.dir, "web", ["localhost"])
+        config = json.dumps({"releases": {"localdir": "/x"}})
+        files = {"/x.zip": self.zip(), "/a.json": "{}", "/c.json": config}
+        hops = ["http", "https", "ftp", "http/https", "https/http", "https/https", "http/http"]
+        files.update(("/%s/%s" % (h, name[1:]), redirect) for h in hops for name in list(files))
+        with Served(files) as plain, Served(files, pair) as secure:
+            bases = {"http": plain, "https": secure, "ftp": "ftp://127.0.0.1:1"}
+            followed = {"http": hops[:2] + hops[3:4] + hops[5:], "https": ["https", "https/https"]}
+            with mock.patch.dict(os.environ, SSL_CERT_FILE=pair[0]):
+                for first, hop in itertools.product(("http", "https"), hops):
+                    with self.subTest(first=first, hop=hop):
+                        source = c2.Variant("http", "%s/%s/x.zip" % (bases[first], hop))
+                        if hop in followed[first]:
+                            c2.fetch(source, self.path("got"))
+                            continue
+                        with self.assertRaisesRegex(c2.C2Error, "redirects from .*not followed"):
+                            c2.fetch(source, self.path("not-got"))
+                        self.assertFalse(os.path.exists(self.path("not-got")))
+            self.env["SSL_CERT_FILE"], words = pair[0], "it redirects from https to http, which is"
+            self.configure(releases={"http": secure + "/http"})
+            self.assertIn(words, self.c2("start", "x.zip", code=1).err)
+            self.configure(configSources={"a": {"http": secure + "/http/a.json"}})
+            self.assertIn(words, self.c2("fetch-context", code=1).err)
+            url = secure + "/http/c.json"
+            self.assertIn(words, self.c2("--config", url, "status", code=1).err)
 
     def test_time_out(self):
         over = threading.Event()
