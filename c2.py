@@ -2462,14 +2462,14 @@ def read_journal(path: str) -> Optional[Journal]:
 
 
 def lock_holder(config: Config) -> dict:
-    """What the holder of the lock wrote into it: its identity and what it does; {} when it is
-    gone.
+    """What the holder of the lock wrote into it: its identity and what it does; {} when it is gone,
+    or for who may not ask.
     """
     try:
         holder = json.loads(read_file(config.proxy_path("lock")) or "{}")
         alive = isinstance(holder["pid"], int) and start_time(holder["pid"]) == holder["start"]
         return holder if alive else {}
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, PermissionError):
         return {}
 
 
@@ -2502,8 +2502,9 @@ def locked(
     make_dir(config.proxy_path())
     deadline, told, cancelled = time.monotonic() + wait, False, False
     with open(
-        os.open(config.proxy_path("lock"), os.O_RDWR | os.O_CREAT, 0o644), "r+", encoding="utf-8"
+        os.open(config.proxy_path("lock"), os.O_RDWR | os.O_CREAT, 0o600), "r+", encoding="utf-8"
     ) as f:
+        os.fchmod(f.fileno(), 0o600)  # who can open it can hold it
         while True:
             try:
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)

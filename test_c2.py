@@ -8776,6 +8776,26 @@ class LockAndJournal(Faulty):
             self.write("deploys/frontend-proxy/lock", content)
             self.run_c2("stop", "nosuch", "--lock-wait", "0", code=3)
 
+    @needs(os.getuid() == 0, "root")
+    def test_nobody_holds_the_lock(self):
+        path = self.write("deploys/frontend-proxy/lock", "", 0o644)  # as c2 has once made it
+        os.chmod(self.dir, 0o755)
+        for line in (("stop", "nosuch"), ("start", "a.zip")):
+            self.run_c2(*line, code=None)
+            self.assertEqual(os.stat(path).st_mode & 0o777, 0o600)
+            os.unlink(path)
+        self.run_c2("stop", "nosuch", code=3)
+        self.assertEqual(os.stat(path).st_mode & 0o777, 0o600)
+
+        def nobody():
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+            with self.assertRaises(PermissionError):
+                open(path)
+
+        self.run_c2("status", strike=nobody)
+
     def test_twenty_at_once(self):
         self.run_c2("start", "a.zip")
         lines = [("start", "a.zip", "n%d" % n) for n in range(8)] + [("connect", "main", "a")] * 4
