@@ -2330,6 +2330,13 @@ def identity(pid: int) -> dict:
     return {"pid": pid, "start": start_time(pid), "boot": boot_id()}
 
 
+def is_alive(process: dict) -> bool:
+    """Whether the process of this identity, which a file may have got wrong, still runs."""
+    pid = process["pid"]
+    ours = isinstance(pid, int) and pid > 1 and process["boot"] == boot_id()
+    return ours and process["start"] == start_time(pid)
+
+
 def group_alive(group: int) -> bool:
     """Whether a process of this process group still runs; zombies don't count."""
     try:
@@ -2355,19 +2362,12 @@ def end_group(group: int) -> None:
 
 
 def end_orphan(group: Optional[dict]) -> bool:
-    """End the process group of a killed c2, if it still is that one: same boot, same leader or
-    none.
-    """
-    if (
-        not group
-        or group["boot"] != boot_id()
-        or start_time(group["pid"]) not in ("", group["start"])
-    ):
-        return False
-    if not group_alive(group["pid"]):
-        return False
-    end_group(group["pid"])
-    return True
+    """End the process group of a killed c2, if its leader is still the one that c2 recorded."""
+    with contextlib.suppress(ProcessLookupError):
+        if group and is_alive(group) and os.getsid(group["pid"]) == group["pid"]:
+            end_group(group["pid"])
+            return True
+    return False
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -2467,8 +2467,7 @@ def lock_holder(config: Config) -> dict:
     """
     try:
         holder = json.loads(read_file(config.proxy_path("lock")) or "{}")
-        alive = isinstance(holder["pid"], int) and start_time(holder["pid"]) == holder["start"]
-        return holder if alive else {}
+        return holder if is_alive(holder) else {}
     except (ValueError, KeyError, TypeError, PermissionError):
         return {}
 

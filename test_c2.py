@@ -8,6 +8,7 @@ is a failure. C2_SEED repeats the random tests of a failed run.
 
 import contextlib
 import errno
+import fcntl
 import fnmatch
 import functools
 import glob
@@ -8795,6 +8796,63 @@ class LockAndJournal(Faulty):
                 open(path)
 
         self.run_c2("status", strike=nobody)
+
+    def forged(self, identity):
+        """Identities that c2 has not recorded, of a process that would be hit."""
+        pid = identity["pid"]
+        wrong = [-1, 0, 1, True, float(pid), str(pid), None, -pid, [pid]]
+        others = [
+            dict(identity, pid=p, start=start)
+            for p in wrong
+            for start in (identity["start"], c2.start_time(p))
+        ]
+        return others + [dict(identity, boot="another"), dict(identity, start="1")]
+
+    def test_only_what_c2_has_recorded_is_signalled(self):
+        path = self.path("deploys", "frontend-proxy", "lock")
+        victims = [
+            subprocess.Popen(["sleep", "60"], start_new_session=new) for new in (True, False)
+        ]
+        for victim in victims:
+            self.addCleanup(victim.wait)
+            self.addCleanup(victim.kill)
+        leader, member = [dict(c2.identity(v.pid), boot="boot 0") for v in victims]
+        about = {"command": "start a.zip", "verb": "start", "deploy": "a", "release": "a.zip"}
+        self.run_c2("stop", "nosuch", code=3)
+
+        def strike():
+            def told(*args):
+                with open(self.path("signalled"), "a") as f:
+                    f.write("%s\n" % (args,))
+                raise ProcessLookupError
+
+            os.kill = os.killpg = told
+
+        for identity in self.forged(leader) + [member, None]:
+            action = c2.encode_action(c2.Create(deploy("z", "z.zip")))
+            journal = {
+                "action": action,
+                "step": "prepare",
+                "group": identity,
+                "command": "",
+                "since": "",
+            }
+            self.write("deploys/frontend-proxy/journal.json", journal)
+            self.run_c2("stop", "nosuch", strike=strike, code=3)
+        with open(path, "r+") as f:
+            fcntl.flock(f, fcntl.LOCK_EX)
+            for identity in self.forged(leader):
+                f.seek(0)
+                f.truncate()
+                f.write(json.dumps(dict(identity, **about)))
+                f.flush()
+                ran = self.run_c2("stop", "a", "--lock-wait", "0", strike=strike, code=3)
+                self.assertNotIn("ending", ran.err)
+        self.assertFalse(os.path.exists(self.path("signalled")))
+        self.assertEqual([v.poll() for v in victims], [None, None])
+        with mock.patch.object(c2, "boot_id", lambda: "boot 0"):
+            self.assertTrue(c2.end_orphan(leader))
+        self.assertEqual(victims[0].wait(5), -signal.SIGTERM)
 
     def test_twenty_at_once(self):
         self.run_c2("start", "a.zip")
