@@ -7,10 +7,12 @@ is a failure. C2_SEED repeats the random tests of a failed run.
 """
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import fnmatch
 import functools
+import gc
 import glob
 import hashlib
 import http.client
@@ -100,6 +102,18 @@ class Ran(object):
         return "exit %s\n--- stdout\n%s\n--- stderr\n%s" % (self.code, self.out, self.err)
 
 
+def like(file, fd):
+    """A standard file at `fd` in a fork, as Python opens it."""
+    return open(
+        fd,
+        "w",
+        encoding=file.encoding,
+        errors=file.errors,
+        closefd=False,
+        buffering=1 if fd == 2 and sys.version_info >= (3, 9) else -1,
+    )
+
+
 class Sandbox(unittest.TestCase):
     """A directory with a copy of c2 as bin/c2, a configuration in etc/, a store; and helpers."""
 
@@ -113,6 +127,7 @@ class Sandbox(unittest.TestCase):
         shutil.copy(C2, self.path("bin", "c2"))
         self.env = dict(os.environ, HOME=self.dir)
         self.env.pop("CAMUS2_CONFIG", None)
+        self.tuned = []
 
     def path(self, *parts):
         return os.path.join(self.dir, *parts)
@@ -155,25 +170,86 @@ class Sandbox(unittest.TestCase):
                 z.writestr(member, content)
 
     def start_c2(self, *args, **options):
-        """Start c2 in the background; umask= is its umask."""
+        """Start c2 in the background, in a fork of this process; umask= is its umask.
+
+        interpreter=True: with a Python of its own, where what that does at its start and end is the
+        point.
+        """
         env = dict(self.env, **options.pop("env", {}))
-        if "umask" in options:
-            options["preexec_fn"] = functools.partial(os.umask, options.pop("umask"))
-        return subprocess.Popen(
-            [sys.executable, self.path("bin", "c2")] + list(args),
-            cwd=self.dir,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            **options,
-        )
+        if options.pop("interpreter", "umask" in options):
+            command, begin = (
+                self.command + [sys.executable, self.path("bin", "c2")] + list(args),
+                None,
+            )
+            if "umask" in options:
+                begin = functools.partial(os.umask, options.pop("umask"))
+        else:
+            command, begin = ["c2"], functools.partial(self.be_c2, args, env)
+        with warnings.catch_warnings():  # of a fork beside the threads of a test's servers
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return subprocess.Popen(
+                command,
+                cwd=self.dir,
+                env=env,
+                preexec_fn=begin,
+                restore_signals=False,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                **options,
+            )
+
+    def be_c2(self, args, env):
+        """Be c2 instead of what this fork was to execute; all but its standard files are closed
+        first.
+        """
+        code = 1
+        try:
+            for fd in map(int, os.listdir("/dev/fd")):
+                with contextlib.suppress(OSError):  # of the listing itself
+                    fd > 2 and os.close(fd)
+            gc.enable()  # which Popen disables
+            sys.stdin, sys.stdout, sys.stderr = (
+                open(0),
+                like(sys.__stdout__, 1),
+                like(sys.__stderr__, 2),
+            )
+            warnings.resetwarnings()
+            for kind in (
+                DeprecationWarning,
+                PendingDeprecationWarning,
+                ImportWarning,
+                ResourceWarning,
+            ):
+                warnings.simplefilter("ignore", kind)
+            os.environ.clear()
+            os.environ.update(env)
+            self.enter()
+            c2.__file__ = self.path("bin", "c2")
+            for change in self.tuned:
+                exec(change, vars(c2))  # noqa: S102
+            code = c2.main(list(args))
+            if sys.stdout:
+                sys.stdout.flush()
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+
+    command = []  # that goes before a Python of its own
+
+    def enter(self):
+        """Go where `command` goes, in a fork."""
 
     def tune(self, code):
         """Change the sandbox's copy of c2 by code that is run before its main."""
         main = 'if __name__ == "__main__":'
         text = self.read("bin", "c2")
         self.write("bin/c2", text.replace(main, code + "\n\n" + main), 0o755)
+        self.tuned.append(code)
 
     def finish(self, process, timeout=120):
         out, err = process.communicate(timeout=timeout)
@@ -4154,7 +4230,7 @@ class CommandLine(Sandbox):
     def test_nobody_reads_the_output(self):
         self.configure()
         self.write("log.json", ("x" * 9999 + "\n") * 1000)  # more than any pipe holds
-        process = self.start_c2("show-log")
+        process = self.start_c2("show-log", interpreter=True)
         process.stdout.read(1)
         process.stdout.close()
         err = process.stderr.read()
@@ -4169,9 +4245,8 @@ class CommandLine(Sandbox):
     def test_any_locale(self):
         self.configure()
         self.write("releases/caf\u00e9.zip", "")
-        ran = self.c2(
-            "list-releases", env={"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
-        )
+        env = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+        ran = self.c2("list-releases", env=env, interpreter=True)
         self.assertEqual(ran.out, "caf\u00e9.zip\n")
 
     def test_debug(self):
@@ -5496,6 +5571,7 @@ class Machine(Sandbox):
             lambda: os.readlink("/proc/%d/ns/net" % holder.pid) != os.readlink("/proc/self/ns/net")
         )
         self.net = "--net=/proc/%d/ns/net" % holder.pid
+        self.command = ["nsenter", self.net]
         here, self.address = ("10.77.%d.%d" % (Machine.number, n) for n in (1, 2))
         end = "c2e" + name
         for command in (
@@ -5521,16 +5597,11 @@ class Machine(Sandbox):
         )
         self.addCleanup(self.end_all)
 
-    def start_c2(self, *args, **options):
-        env = dict(self.env, **options.pop("env", {}))
-        return subprocess.Popen(
-            ["nsenter", self.net, sys.executable, self.path("bin", "c2")] + list(args),
-            cwd=self.dir,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
+    def enter(self):
+        libc = ctypes.CDLL(None, use_errno=True)
+        with open(self.net[len("--net=") :]) as f:
+            if libc.setns(f.fileno(), 0):
+                raise OSError(ctypes.get_errno(), "setns")
 
     def end_all(self):
         """End what runs in this machine's network."""
@@ -9576,7 +9647,7 @@ class KillsOnDocker(Proxy):
         end.
         """
         took = self.took.get(line[0], 1)
-        begun, process = time.monotonic(), self.start_c2(*line)
+        begun, process = time.monotonic(), self.start_c2(*line, interpreter=True)
         try:
             process.wait(self.random.uniform(0.03, took))
         except subprocess.TimeoutExpired:
