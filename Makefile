@@ -1,14 +1,19 @@
 PYTHON ?= python3
-.PHONY: help test lint bed test-bed demo demo-proxy bench bench-switch clean
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+export JOBS ONLY
+.PHONY: help test test-pure test-bed coverage lint bed demo demo-proxy bench bench-switch clean
 
 help:        ## list these targets
 	@sed -nE 's/^([a-z-]+): .*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
 
-test:        ## run the tests; what needs a service that is not there is skipped
+test:        ## run the tests (ONLY=fleet: a part); what needs a service that is not there is skipped
 	$(PYTHON) test_c2.py
 
-test-bed: bed  ## run the tests beside real services (Debian, root)
-	.ci/bed.sh run $(MAKE) test
+test-pure:   ## run those that start no program
+	$(MAKE) test ONLY="yaml mustache configuration state planner derived"
+
+test-bed: bed  ## run the tests beside real services, a bed for each of JOBS (Debian, root)
+	C2_WITHIN='.ci/bed.sh run' $(MAKE) test PYTHON="$${PYTHON:-$$(.ci/bed.sh pythons | tail -1)}"
 
 bed:         ## install these services, and the linters
 	.ci/bed.sh install

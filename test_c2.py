@@ -6,6 +6,7 @@ services of the test bed (`make test-bed`) is skipped, and said. With C2_REQUIRE
 is a failure. C2_SEED repeats the random tests of a failed run.
 """
 
+import collections
 import contextlib
 import ctypes
 import errno
@@ -82,11 +83,12 @@ def wait_for(condition, seconds=15, what="the condition"):
         time.sleep(0.02)
 
 
+PORTS = range(10000, 32000)  # below those that the system gives; a worker has a part of them
+
+
 def free_ports(count):
-    """The first of `count` ports in a row that nothing listens on, below the range of ephemeral
-    ports.
-    """
-    for first in random.sample(range(10000, 32000, count), 40):
+    """The first of `count` ports in a row that nothing listens on."""
+    for first in random.sample(PORTS[:-count:count], 40):
         if not any(c2.port_taken(port) for port in range(first, first + count)):
             return first
     raise AssertionError("no free ports")
@@ -10027,12 +10029,215 @@ class ReloadOnDocker(SwitchCase):
         self.assertEqual(0, self.finish(begun).code)
 
 
+# --------------------------------------------------------------------------------------------------
+# Running them
+# --------------------------------------------------------------------------------------------------
+
+
+class Told(object):
+    """A test that another process ran, as unittest's results want it."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def __str__(self):
+        return self.name
+
+    def id(self):
+        return self.name
+
+    def shortDescription(self):
+        return None
+
+
+class Results(unittest.TextTestResult):
+    """Takes what another process says of a failure for the failure."""
+
+    def _exc_info_to_string(self, error, test):
+        if isinstance(error, str):
+            return error
+        return super(Results, self)._exc_info_to_string(error, test)
+
+    def take(self, told):
+        for name in told["ran"]:
+            self.startTest(Told(name))
+        for name, reason in told["skipped"]:
+            self.addSkip(Told(name), reason)
+        for add, kind in (
+            (self.addFailure, "failures"),
+            (self.addError, "errors"),
+            (self.addExpectedFailure, "expectedFailures"),
+        ):
+            for name, text in told[kind]:
+                add(Told(name), text)
+        for name in told["unexpectedSuccesses"]:
+            self.addUnexpectedSuccess(Told(name))
+        if not any(told[kind] for kind in told if kind != "ran"):
+            self.addSuccess(Told(", ".join(told["ran"])))
+
+
+class SideBySide(object):
+    """A suite whose tests are run by several workers; each takes the next one when it is done with
+    one.
+    """
+
+    def __init__(self, suite, jobs):
+        self.names = [test.id().partition(".")[2] for test in flat(suite)]
+        lines = class_lines()  # the quick ones are at the head of the file, and come last
+        self.names.sort(key=lambda name: -lines.get(name.partition(".")[0], 0))
+        self.jobs, self.lock = jobs, threading.Lock()
+
+    def countTestCases(self):
+        return len(self.names)
+
+    def __call__(self, result):
+        self.left = collections.deque(self.names)
+        workers = [self.start(n) for n in range(self.jobs)]
+        drivers = [
+            threading.Thread(target=self.drive, args=(w, result), daemon=True) for w in workers
+        ]
+        try:
+            for driver in drivers:
+                driver.start()
+            for driver in drivers:
+                driver.join()
+        except BaseException:
+            for worker in workers:
+                worker.kill()
+            raise
+        for name in [] if result.shouldStop else self.left:
+            result.addError(Told(name), "not run: no worker is left")
+
+    def start(self, number):
+        code = "import test_c2; test_c2.worker(%d, %d)" % (number, self.jobs)
+        within = shlex.split(os.environ.get("C2_WITHIN", ""))
+        return subprocess.Popen(
+            within + [sys.executable, "-c", code],
+            cwd=HERE,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=dict(os.environ, C2_SEED=str(SEED)),
+        )
+
+    def drive(self, worker, result):
+        """Hand a worker one test after the other."""
+        with worker:
+            name, answer = "", worker.stdout.readline()  # that it is there
+            while answer and self.left and not result.shouldStop:
+                with contextlib.suppress(IndexError, BrokenPipeError):
+                    name = self.left.popleft()
+                    worker.stdin.write(name.encode() + b"\n")
+                    worker.stdin.flush()
+                    answer = worker.stdout.readline()
+                    with self.lock:
+                        answer and result.take(json.loads(answer.decode()))
+            worker.stdin.close()
+        if not answer:
+            with self.lock:
+                result.addError(
+                    Told(name or "worker"), "its process has ended: exit %d" % worker.returncode
+                )
+
+
+class Runner(unittest.TextTestRunner):
+    resultclass = Results
+
+    def run(self, suite):
+        within = os.environ.get("C2_WITHIN")
+        jobs = 1 if IN_BED else int(os.environ.get("JOBS") or 1)  # a bed has one port 80
+        if jobs > 1 or within:
+            suite = SideBySide(suite, jobs)
+        return super(Runner, self).run(suite)
+
+
+def worker(number, jobs):
+    """Run the tests whose names come on stdin, and tell of each on stdout, as JSON."""
+    global PORTS
+    PORTS = PORTS[number * len(PORTS) // jobs : (number + 1) * len(PORTS) // jobs]
+    with os.fdopen(os.dup(0)) as names, os.fdopen(os.dup(1), "w") as answers, open(
+        os.devnull
+    ) as nothing:
+        os.dup2(nothing.fileno(), 0)  # neither is for what the tests run
+        os.dup2(2, 1)
+        if not sys.warnoptions:
+            warnings.simplefilter("default")
+        answer, name = outcome(unittest.TestSuite()), "that it is there"
+        while name:
+            answers.write(json.dumps(answer) + "\n")
+            answers.flush()
+            name = names.readline().strip()
+            if name:
+                answer = outcome(
+                    unittest.defaultTestLoader.loadTestsFromName(name, sys.modules[__name__])
+                )
+
+
+def outcome(suite):
+    """Run these tests; what became of them, as Results takes it."""
+    result, names = unittest.TestResult(), [str(test) for test in flat(suite)]
+    suite.run(result)
+    told = {
+        kind: [(str(test), text) for test, text in getattr(result, kind)]
+        for kind in ("failures", "errors", "skipped", "expectedFailures")
+    }
+    return dict(
+        told,
+        ran=names[: result.testsRun],
+        unexpectedSuccesses=list(map(str, result.unexpectedSuccesses)),
+    )
+
+
+def flat(suite):
+    for part in suite:
+        if isinstance(part, unittest.TestSuite):
+            yield from flat(part)
+        else:
+            yield part
+
+
+def sections():
+    """The classes of each section of this file: title -> {class: line}."""
+    found, title = {}, ""
+    with open(__file__, encoding="utf-8") as f:
+        lines = f.read().splitlines()
+    for number, line in enumerate(lines):
+        if re.match("# -{50,}$", lines[number - 1]) and line.startswith("# "):
+            title = line[2:]
+        elif line.startswith("class "):
+            found.setdefault(title, {})[re.match(r"class (\w+)", line).group(1)] = number
+    return found
+
+
+def class_lines():
+    return {name: line for classes in sections().values() for name, line in classes.items()}
+
+
+def chosen(patterns):
+    """The test classes whose name begins like one of these words, or whose section's title has
+    it.
+    """
+    found = []
+    for title, classes in sections().items():
+        for name in classes:
+            if any(name.lower().startswith(p) or p in title.lower() for p in patterns):
+                kind = globals()[name]
+                if issubclass(
+                    kind, unittest.TestCase
+                ) and unittest.defaultTestLoader.getTestCaseNames(kind):
+                    found.append(name)
+    return found
+
+
 if __name__ == "__main__":
+    only = os.environ.get("ONLY", "").lower().split()
+    names = chosen(only)
+    if only and not names:
+        sys.exit("no class or section of the tests is called %s" % " or ".join(only))
     print("C2_SEED=%s" % SEED, file=sys.stderr)
-    if not IN_BED:
+    if not IN_BED and not os.environ.get("C2_WITHIN"):
         print(
             "NOT TESTED HERE: Docker, the proxy, S3, certificates, and most of the injected faults; "
             "make test-bed tests them",
             file=sys.stderr,
         )
-    unittest.main()
+    unittest.main(argv=sys.argv + names, testRunner=Runner)
