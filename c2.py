@@ -19,7 +19,7 @@ import re
 import signal
 import sys
 import time
-from typing import Any, Callable, Dict, List, NamedTuple, Optional
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
 
 VERSION = "0.1.0"
 
@@ -2197,6 +2197,26 @@ def remove(path: str) -> None:
         os.unlink(path)
 
 
+def attempts(seconds: float, pause: float = 0.05) -> Iterator[float]:
+    """Yield the seconds that are left: at once, after every `pause`, and a last time at the end."""
+    deadline = time.monotonic() + seconds
+    while True:
+        left = deadline - time.monotonic()
+        yield left
+        if left <= 0:
+            return
+        time.sleep(min(pause, max(0, deadline - time.monotonic())))
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[str]:
+    """Give a private directory that is gone afterwards, for what goes to and from the aws CLI."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="c2-") as directory:
+        yield directory
+
+
 def utc_now(moment: Optional[float] = None) -> str:
     moment = time.time() if moment is None else moment
     return (
@@ -3409,14 +3429,8 @@ def ready(mode: ProxyMode, port: int, timeout: float = 3) -> bool:
 
 
 def await_ready(mode: ProxyMode, port: int) -> bool:
-    deadline = time.monotonic() + mode.ready_timeout_secs
-    while True:
-        left = deadline - time.monotonic()
-        if ready(mode, port, max(0.5, min(3.0, left))):
-            return True
-        if left <= 0:
-            return False
-        time.sleep(0.1)
+    waits = attempts(mode.ready_timeout_secs, 0.1)
+    return any(ready(mode, port, max(0.5, min(3.0, left))) for left in waits)
 
 
 def check_ready(
