@@ -29,6 +29,7 @@ VERSION = "0.1.0"
 
 LABEL = r"[A-Za-z0-9][A-Za-z0-9._+-]*"
 RESERVED_LABELS = ("current", "frontend-proxy")
+COMPOSE_FILES = ("compose.yaml", "compose.yml", "docker-compose.yaml", "docker-compose.yml")
 HINT_AFTER_SECS = 10  # a start command that runs longer than this is probably not meant to
 END_GRACE_SECS = 12  # between SIGTERM and SIGKILL; docker compose itself gives its containers 10
 UNDO_STOP_SECS = 120  # for a stop command in an undo, which nobody can interrupt
@@ -1411,6 +1412,77 @@ def check_label(name: str, state: State) -> None:
             )
 
 
+class Project(NamedTuple):
+    """What a deploy has of the Docker engine: the names of its compose projects and containers, and
+    its ports, each (address or "" for all, number, protocol).
+    """
+
+    names: set
+    containers: set
+    ports: set
+
+
+def project_conflict(label: str, own: Project, others: Dict[str, Project]) -> Optional[str]:
+    """Why a deploy can't run beside the `others`, by label; None if it can."""
+    for other, theirs in sorted(others.items()):
+        names = sorted(own.names & theirs.names)
+        containers = sorted(own.containers & theirs.containers)
+        ports = sorted({p[1] for p in own.ports for q in theirs.ports if same_port(p, q)})
+        shared = [f"the docker compose project {name}" for name in names]
+        shared += [f"the container name {name}" for name in containers]
+        shared += [f"the port {port}" for port in ports]
+        ways = [
+            f"name: {name}-${{C2_DEPLOY}} in its compose file and no COMPOSE_PROJECT_NAME"
+            for name in names
+        ]
+        ways += ["no container_name"] if containers else []
+        ways += ["the port ${C2_PORT}"] if ports else []
+        if shared:
+            return (
+                f"{label} can't run beside {other}, which has {', '.join(shared)} already; give "
+                f"{label} its own ({'; '.join(ways)}), or stop {other} first"
+            )
+    return None
+
+
+def same_port(one: tuple, other: tuple) -> bool:
+    return one[1:] == other[1:] and (one[0] == other[0] or "" in (one[0], other[0]))
+
+
+def published(address: str, number: Any, protocol: str) -> tuple:
+    address = address.strip("[]")
+    return "" if address in ("0.0.0.0", "::") else address, int(number), protocol
+
+
+def configured_project(document: dict) -> Project:
+    """What a deploy will have, by the document of `docker compose config`."""
+    services = list((document.get("services") or {}).values())
+    ports = [p for s in services if s.get("network_mode") != "host" for p in s.get("ports") or []]
+    return Project(
+        {document["name"]},
+        {s["container_name"] for s in services if s.get("container_name")},
+        {
+            published(p.get("host_ip", ""), p["published"], p.get("protocol", "tcp"))
+            for p in ports
+            if re.fullmatch("[1-9][0-9]*", str(p.get("published")))  # else any, or one of a range
+        },
+    )
+
+
+def listed_project(project: str, names: str, ports: str) -> Project:
+    """What a container has, by these columns of `docker ps`."""
+    ranges = re.findall(r"(\S*):(\d+)(?:-(\d+))?->[^/]+/(\w+)", ports)
+    return Project(
+        {project},
+        set(names.split(",")),
+        {
+            published(address, number, protocol)
+            for address, first, last, protocol in ranges
+            for number in range(int(first), int(last or first) + 1)
+        },
+    )
+
+
 def next_port(ports: PortRange, last: int, taken: Callable[[int], bool]) -> int:
     """The lowest free port above the last allotted, wrapping: none is used again while others
     remember it.
@@ -2661,6 +2733,17 @@ def aws(*args: str, timeout: float = 120, **options: Any) -> str:
         raise
 
 
+def docker_compose(args: List[str], timeout: float, directory: str, **options: Any) -> str:
+    try:
+        return run(["docker", "compose", *args], timeout, directory, **options)
+    except CommandFailed as e:
+        if re.search(r"is not a docker command|docker \[OPTIONS\] COMMAND", e.output):
+            raise C2Error(
+                "docker has no compose; install its compose plugin, version 2 or later"
+            ) from None
+        raise
+
+
 class OutputTail:
     """Shows what is added to a file on the terminal: no pipe ties c2 to what a command leaves
     running.
@@ -2691,6 +2774,12 @@ def command_files(directory: str) -> List[str]:
     return [directory, os.path.join(directory, "release.json")]
 
 
+def command_env(deploy: Deploy, directory: str) -> Dict[str, str]:
+    """What the commands of a deploy have in their environment beside what c2 has."""
+    port = {"C2_PORT": str(deploy.port)} if deploy.port else {}
+    return dict(port, C2_RELEASE=deploy.release, C2_DEPLOY=deploy.label, PWD=directory)
+
+
 def run_command(host: Host, journal: Journal, deploy: Deploy, kind: str, directory: str) -> None:
     """Run a release's prestart, start or stop command by `sh -c` in `directory`.
 
@@ -2711,8 +2800,7 @@ def run_command(host: Host, journal: Journal, deploy: Deploy, kind: str, directo
     )
     path, began = output_path(host.config, deploy.label), time.monotonic()
     make_dir(os.path.dirname(path), 0o700)
-    env = dict(os.environ, C2_RELEASE=deploy.release, C2_DEPLOY=deploy.label, PWD=directory)
-    env.update({"C2_PORT": str(deploy.port)} if deploy.port else {})
+    env = dict(os.environ, **command_env(deploy, directory))
     with open(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab") as output:
         follower = OutputTail(path)
         process = subprocess.Popen(
@@ -3522,27 +3610,9 @@ class Container(NamedTuple):
 def compose(host: Host, *args: str, **options: Any) -> str:
     """Run docker compose on the proxy's project and return what it wrote to stdout."""
     directory = host.config.proxy_path()
-    try:
-        return run(
-            [
-                "docker",
-                "compose",
-                "-p",
-                compose_project_name(host.config),
-                "-f",
-                os.path.join(directory, "docker-compose.yml"),
-                *args,
-            ],
-            DOCKER_TIMEOUT_SECS,
-            directory,
-            **options,
-        )
-    except CommandFailed as e:
-        if re.search("unknown shorthand flag|is not a docker command", e.output):
-            raise C2Error(
-                "docker has no compose; install its compose plugin, version 2 or later"
-            ) from None
-        raise
+    project = ["-p", compose_project_name(host.config)]
+    file = ["-f", os.path.join(directory, "docker-compose.yml")]
+    return docker_compose([*project, *file, *args], DOCKER_TIMEOUT_SECS, directory, **options)
 
 
 def active_compose_file(config: Config) -> Optional[str]:
@@ -4229,6 +4299,75 @@ def check_presented(config: Config, chain: str, names: List[str]) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
+# Compose projects: what deploys that run side by side may not share
+# --------------------------------------------------------------------------------------------------
+
+
+def read_project(deploy: Deploy, directory: str) -> Optional[Project]:
+    """What docker compose makes of a deploy in `directory`; None without a compose file."""
+    if not any(os.path.exists(os.path.join(directory, name)) for name in COMPOSE_FILES):
+        return None
+    args = ["config", "--format", "json"]
+    answer = docker_compose(args, 60, directory, env=command_env(deploy, directory))
+    try:
+        return configured_project(json.loads(answer))
+    except (ValueError, LookupError):
+        raise C2Error("docker compose config names no project; install a newer compose") from None
+
+
+def list_projects(config: Config) -> Dict[str, Project]:
+    """What the containers of deploys have, running or not, by label."""
+    label = '{{.Label "com.docker.compose.project%s"}}'
+    columns = [label % ".working_dir", label % "", "{{.Names}}", "{{.Ports}}"]
+    answer = run(["docker", "ps", "-a", "--format", "\t".join(columns)])
+    root = re.escape(os.path.realpath(config.deploys_dir))
+    projects = {}  # type: Dict[str, Project]
+    for line in answer.splitlines():
+        directory, *rest = line.split("\t")
+        place = re.match(root + r"/(?:\.(?:staging|old)/)?([^/]+)", os.path.realpath(directory))
+        if directory and place:
+            known = projects.setdefault(place.group(1), Project(set(), set(), set()))
+            for items, more in zip(known, listed_project(*rest)):
+                items.update(more)
+    return projects
+
+
+def check_project(host: Host, deploy: Deploy, directory: str, quiet: bool = False) -> None:
+    """Refused where docker compose would take the containers of a deploy that stays beside this one
+    for its own, or where that has what is fixed in the compose file in `directory`.
+
+    What docker can't tell is warned of, unless quiet: the commands may use something else.
+    """
+    config, state = host.config, host_state(host.config)
+    # Without the proxy all have port 0: the one before is stopped first.
+    beside = [d for d in state.deploys.values() if d not in conflicts(state, deploy)]
+
+    def ask(function: Callable, *args: Any) -> Any:
+        try:
+            return function(*args)
+        except C2Error as e:
+            if not quiet:
+                what = f"can't tell what {deploy.label} would share with other deploys"
+                host.log.warn("compose", f"{what}: {e}", deploy=deploy.label)
+            return None
+
+    own = ask(read_project, deploy, directory) if beside else None
+    if not own:
+        return
+    listed, others = ask(list_projects, config) or {}, {}
+    has_it = deploy.label in listed and own.names <= listed[deploy.label].names
+    for other in beside:
+        theirs = listed.get(other.label)
+        if not theirs and not has_it:  # a name without containers is the other's all the same
+            theirs = ask(read_project, other, config.path(other.label))
+        others[other.label] = theirs or Project(set(), set(), set())
+        others[other.label].ports.add(("", other.port, "tcp"))
+    problem = project_conflict(deploy.label, own, others)
+    if problem:
+        raise Refused(problem)
+
+
+# --------------------------------------------------------------------------------------------------
 # The executor: one action at a time, each recoverable from a kill at any instant
 # --------------------------------------------------------------------------------------------------
 
@@ -4263,8 +4402,11 @@ def launch(host: Host, journal: Journal, deploy: Deploy, old: Optional[Deploy]) 
     if not (old and old.label == deploy.label):
         remove(output_path(config, deploy.label))
     fetch_context(host)
-    prepare_release(host, deploy.release, staging, deploy_context(host, deploy))
-    run_command(host, journal, deploy, "prestart", staging)
+    release = prepare_release(host, deploy.release, staging, deploy_context(host, deploy))
+    if release.prestart_command.strip():
+        check_project(host, deploy, staging, quiet=True)
+    run_command(host, journal, deploy, "prestart", staging)  # which may write the compose file
+    check_project(host, deploy, staging)
     stopped = True
     if old:
         journal.step("stop-old")
@@ -4350,6 +4492,7 @@ def restart(host: Host, journal: Journal, deploy: Deploy) -> None:
     place = host.config.path(deploy.label)
     if not os.path.isdir(place):
         return launch(host, journal, deploy, None)
+    check_project(host, deploy, place)
     journal.step("stop-first")
     try:
         run_command(host, journal, deploy, "stop", place)
@@ -5374,6 +5517,7 @@ def rehearse(host: Host, deploy: Deploy) -> None:
     try:
         fetch_context(host)
         prepare_release(host, deploy.release, staging, deploy_context(host, deploy))
+        check_project(host, deploy, staging, quiet=True)
     finally:
         remove(staging)
 

@@ -2472,6 +2472,64 @@ class StateCases(unittest.TestCase):
                 c2.decode_action(json.loads(json.dumps(c2.encode_action(action)))), action
             )
 
+    def test_what_deploys_may_not_share(self):
+        def has(names="", containers="", *ports):
+            return c2.Project(set(names.split()), set(containers.split()), set(ports))
+
+        web, dns = ("", 8000, "tcp"), ("", 53, "udp")
+        here, there = ("10.0.0.1", 8000, "tcp"), ("10.0.0.2", 8000, "tcp")
+        for own, others, words in (
+            (has("shop", "db", web), {}, None),
+            (has("shop-2", "db2", web), {"a": has("shop", "shop-2 db", dns)}, None),
+            (
+                has("shop"),
+                {"a": has(), "b": has("web shop")},
+                "b, .*project shop .*name: shop-",
+            ),
+            (has("s", "x db"), {"a": has("t", "db y")}, "name db already;.*no container_name"),
+            (has("s", "", web), {"a": has("", "", web)}, "port 8000 already;.*C2_PORT"),
+            (has("s", "", web, dns), {"a": has("", "", here, dns)}, "port 53, the port 8000"),
+            (has("s", "", here), {"a": has("", "", there)}, None),
+            (has("s", "", here), {"a": has("", "", web)}, "port 8000"),
+            (has("s", "", dns), {"a": has("", "", ("", 53, "tcp"))}, None),
+            (has("s", "x", web), {"a": has("s", "x", web)}, "project s, .*name x, .*port 8000 al"),
+        ):
+            with self.subTest(own=own, others=others):
+                problem = c2.project_conflict("me", own, others)
+                if words:
+                    self.assertRegex(problem, "^me can't run beside .*" + words)
+                    self.assertRegex(problem, "; give me its own .*, or stop [ab] first$")
+                else:
+                    self.assertIsNone(problem)
+
+    def test_what_docker_says_of_a_project(self):
+        service = {"container_name": "db", "image": "x"}
+        ports = [
+            {"target": 80, "published": "8000", "protocol": "tcp"},
+            {"target": 53, "published": 53, "protocol": "udp", "host_ip": "127.0.0.1"},
+            {"target": 1, "published": "9000-9009"},  # whichever is free
+            {"target": 1, "published": "0"},
+            {"target": 1},
+            {"target": 83, "published": "83", "protocol": "tcp", "host_ip": "::"},
+        ]
+        hosts = dict(service, container_name="", network_mode="host", ports=ports)
+        expected = {("", 8000, "tcp"), ("127.0.0.1", 53, "udp"), ("", 83, "tcp")}
+        for services, project in (
+            ({"a": dict(service, ports=ports), "b": {}}, c2.Project({"n"}, {"db"}, expected)),
+            ({"a": hosts}, c2.Project({"n"}, set(), set())),
+            (None, c2.Project({"n"}, set(), set())),
+        ):
+            self.assertEqual(project, c2.configured_project({"name": "n", "services": services}))
+        for ports, expected in (
+            ("", set()),
+            ("80/tcp", set()),
+            ("0.0.0.0:81->80/tcp, :::81->80/tcp, [::]:81->80/tcp", {("", 81, "tcp")}),
+            ("127.0.0.1:90-91->1-2/udp", {("127.0.0.1", 90, "udp"), ("127.0.0.1", 91, "udp")}),
+            ("[::1]:83->83/tcp", {("::1", 83, "tcp")}),
+        ):
+            project = c2.Project({"shop"}, {"x"}, expected)
+            self.assertEqual(project, c2.listed_project("shop", "x", ports))
+
 
 class ModelHost(object):
     """What a host would run and serve if the actions of a plan were done one after the other."""
@@ -4487,12 +4545,12 @@ class Proxy(Sandbox):
     def end_point(self, *names):
         return {"serverNames": list(names), "etype": "httpOnly"}
 
-    def app(self, name, mode="", **keys):
+    def app(self, name, mode="", files=None, **keys):
         """A release of a server without Docker, that tells what it was asked."""
         command = "%s app.py" % sys.executable
         self.release(
             name,
-            {"app.py": APP},
+            dict({"app.py": APP}, **(files or {})),
             **dict(
                 {"startCommand": "%s start %s" % (command, mode), "stopCommand": command + " stop"},
                 **keys,
@@ -4603,6 +4661,17 @@ class ProxyWithoutDocker(Proxy):
         self.assertIn("docker is not on PATH", ran.err)
         self.assertEqual(before, self.state())
         self.c2("stop", "a-1", env={"PATH": self.path("tools")})  # which needs no docker
+
+    def test_a_compose_file_without_docker(self):
+        """The commands may use something else; and one alone has nothing to share."""
+        os.mkdir(self.path("tools"))
+        os.symlink("/bin/sh", self.path("tools", "sh"))
+        for name in ("b-1.zip", "b-2.zip"):
+            self.app(name, files={"compose.yml": "name: b"})
+        for name, warned in (("b-1.zip", False), ("a-1.zip", False), ("b-2.zip", True)):
+            ran = self.c2("start", name, env={"PATH": self.path("tools")})
+            self.assertEqual(warned, "warning: can't tell what b-2 would share" in ran.err, ran)
+            self.assertEqual(warned, "docker is not on PATH" in ran.err, ran)
 
     def test_commands_of_the_proxy_without_one(self):
         self.configure()
@@ -5017,6 +5086,152 @@ http {
 
 
 @needs_bed
+class ComposeProjects(Proxy):
+    """Two deploys that docker compose would take for one."""
+
+    def setUp(self):
+        super().setUp()
+        os.mkdir(self.path("disk"))
+        os.symlink("disk", self.path("deploys"))
+        self.proxy_config()
+
+    def shop(self, name, compose=None, service=None, files=None, **keys):
+        """A release that answers with its name; `compose` and `service` are keys of its file."""
+        app = {
+            "image": "c2-test/app:local",
+            "command": ["httpd", "-f", "-p", "80", "-h", "/srv"],
+            "stop_signal": "SIGKILL",
+            "volumes": ["./public:/srv:ro"],
+            "ports": ["${C2_PORT}:80"],
+        }
+        app.update(service or {})
+        members = {"compose.yaml": json.dumps(dict(compose or {}, services={"app": app}))}
+        members.update({"public/index.html": name}, **(files or {}))
+        commands = {
+            "prestartCommand": "docker compose --progress quiet create",
+            "startCommand": "docker compose --progress quiet up -d",
+            "stopCommand": "docker compose --progress quiet down",
+        }
+        self.release(name, members, **dict(commands, **keys))
+
+    def projects(self):
+        label = '{{.Label "com.docker.compose.project"}}'
+        return set(self.docker("ps", "-a", "--format", label).split())
+
+    def refused(self, *args, **options):
+        """The error of a c2 that was refused and has changed nothing."""
+
+        def facts():
+            facts = [self.container(container) for container in ids]
+            return self.state(), sorted(os.listdir(self.path("deploys"))), facts
+
+        ids = self.docker("ps", "-aq", "--no-trunc").split()
+        before = facts()
+        ran = self.c2(*args, code=3, **options)
+        self.assertEqual(ids, self.docker("ps", "-aq", "--no-trunc").split(), ran)
+        self.assertEqual(before, facts(), ran)
+        self.assertEqual([], os.listdir(self.path("deploys", ".staging")))
+        return ran.err.splitlines()[-1]
+
+    def test_the_next_one_is_refused_and_the_live_one_goes_on(self):
+        named = {"name": "shop"}
+        self.shop(
+            "web-1.zip",
+            named,
+            {"container_name": "shop-app", "ports": ["9000:80", "${C2_PORT}:80"]},
+        )
+        self.c2("start", "web-1.zip")
+        self.c2("connect", "main", "web-1")
+        env, late = {".env": "COMPOSE_PROJECT_NAME=shop\n"}, "echo COMPOSE_PROJECT_NAME=shop > .env"
+        for keys, words in (
+            (
+                {"compose": named},
+                "the docker compose project shop already; give web-2 its own (name: "
+                "shop-${C2_DEPLOY} in its compose file and no COMPOSE_PROJECT_NAME), or stop web-1",
+            ),
+            ({"compose": {"name": "${C2_DEPLOY:+shop}"}}, "project shop"),
+            ({"compose": named, "prestartCommand": ""}, "project shop"),
+            ({"compose": {"name": "other"}, "files": env}, "project shop"),
+            ({"prestartCommand": late}, "project shop"),
+            ({"service": {"container_name": "shop-app"}}, "the container name shop-app already"),
+            ({"service": {"ports": ["127.0.0.1:9000:80"]}}, "the port 9000 already"),
+            ({"service": {"ports": ["8000:80"]}}, "the port 8000 already"),
+        ):
+            with self.subTest(keys=keys):
+                self.shop("web-2.zip", **keys)
+                said = self.refused("start", "web-2.zip")
+                self.assertIn("c2: error: web-2 can't run beside web-1, which has ", said)
+                self.assertIn(words, said)
+                self.assertEqual((200, "web-1.zip"), self.ask("main.test"))
+        self.shop("web-2.zip", named)
+        self.assertIn(
+            "project shop",
+            self.refused("start", "web-2.zip", env={"DOCKER_HOST": "tcp://127.0.0.1:1"}),
+        )
+        self.c2("disconnect", "main")
+        self.c2("stop", "web-1")
+        self.c2("start", "web-2.zip")
+
+    def test_the_way_out(self):
+        """Compose writes C2_DEPLOY as it may stand in a name."""
+        for name in ("web-1.4.zip", "Web-1.5+b.zip"):
+            self.shop(name, {"name": "shop-${C2_DEPLOY}"})
+            self.c2("start", name)
+        self.assertEqual({"shop-web-14", "shop-web-15b"}, self.projects())
+        self.c2("connect", "main", "Web-1.5+b")
+        self.c2("stop", "web-1.4")
+        self.assertEqual({"shop-web-15b", "frontend-proxy"}, self.projects())
+        self.assertEqual((200, "Web-1.5+b.zip"), self.ask("main.test"))
+
+    def test_a_project_without_containers(self):
+        self.shop("web-1.zip", {"name": "shop"})
+        self.shop("web-2.zip")
+        for name in ("web-1.zip", "web-2.zip"):
+            self.c2("start", name)
+        self.docker("rm", "-f", "shop-app-1")
+        self.shop("web-3.zip", {"name": "shop"})
+        self.assertIn(
+            "beside web-1, which has the docker compose project shop",
+            self.refused("start", "web-3.zip"),
+        )
+        self.assertIn(
+            "starting again", self.c2("start", "web-1.zip").err
+        )  # no conflict with itself
+        self.shop("web-1b.zip", {"name": "shop"})
+        self.c2("start", "web-1b.zip", "web-1")
+        self.assertEqual({"shop", "web-2"}, self.projects())
+
+        # Two of one project, as they were before c2 looked: each start of one would take the other's.
+        self.docker("rm", "-f", "web-2-app-1")
+        shutil.copy(self.path("deploys", "web-1", "compose.yaml"), self.path("deploys", "web-2"))
+        self.assertIn("web-2 can't run beside web-1", self.refused("start", "web-2.zip"))
+        self.docker("stop", "shop-app-1")
+        self.assertIn("starting again", self.c2("start", "web-1b.zip", "web-1").err)  # it has them
+
+    def test_the_port_of_a_deploy_without_containers(self):
+        self.app("web-1.zip")
+        self.c2("start", "web-1.zip")
+        self.shop("web-2.zip", service={"ports": ["8000:80"]})
+        self.assertIn(
+            "beside web-1, which has the port 8000 already", self.refused("start", "web-2.zip")
+        )
+
+    def test_what_compose_cannot_tell(self):
+        self.shop("web-1.zip")
+        self.c2("start", "web-1.zip")
+        self.shop("web-2.zip", service={"imag": "x"}, prestartCommand="true")
+        ran = self.c2("start", "web-2.zip", code=1)
+        self.assertRegex(
+            ran.err, "warning: can't tell what web-2 would share .*docker compose config"
+        )
+        self.assertEqual(1, ran.err.count("can't tell"))
+        self.assertIn("/web-2/compose.yaml: services.app", ran.err.partition("can't tell")[2])
+        self.app("web-3.zip", files={"compose.yaml": "name: web-1"})
+        ran = self.c2("start", "web-3.zip", env={"DOCKER_CONFIG": self.path("no-plugins")})
+        self.assertIn("other deploys: docker has no compose; install", ran.err)
+
+
+@needs_bed
 class Camus2WalkThroughs(Proxy):
     """The step-by-step examples of camus2's user guide, typed as they stand but for image and
     directory.
@@ -5384,6 +5599,8 @@ elif "down" in args:
     os.kill(int(open(pid).read()), 9)
 elif args[0] == "top":
     print(time.time(), "nginx: worker process")
+elif "config" in args:
+    print(open("compose.yaml").read())
 """
     % sys.executable
 )
@@ -5506,10 +5723,10 @@ class FleetCase(Sandbox):
         with urllib.request.urlopen(request, timeout=30) as answer:
             return answer.read()
 
-    def app(self, name, **keys):
+    def app(self, name, files=None, **keys):
         self.release(
             name,
-            {"app.py": APP_PY},
+            dict({"app.py": APP_PY}, **(files or {})),
             **dict(
                 {
                     "startCommand": "%s app.py >/dev/null 2>&1 & echo $! > pid" % sys.executable,
@@ -5721,6 +5938,44 @@ class Fleet(FleetCase):
         process.terminate()
         self.assertEqual(143, self.finish(process).code)
         self.c2("shutdown-frontend-proxy")
+
+    def test_a_machine_keeps_compose_projects_apart(self):
+        self.configure(**self.keys("real"))
+        files = {"compose.yaml": "name: c2-fleet-shop\nservices: {app: {image: c2-test/app:local}}"}
+        commands = {
+            "startCommand": "docker compose up -d",
+            "stopCommand": "docker compose down -t 0",
+        }
+        for name in ("a.zip", "b.zip"):
+            self.release(name, files, **commands)
+            self.c2("start", name)
+        self.addCleanup(subprocess.call, ["docker", "rm", "-f", "c2-fleet-shop-app-1"])
+        self.assertIn("b can't run beside a", self.c2("slave-update", code=1).err)
+        self.assertIn(
+            "b can't run beside a, which has the docker compose project c2-fleet-shop",
+            self.error("real"),
+        )
+        self.assertEqual(["a"], list(self.report("real")["state"]["deploys"]))
+        self.c2("stop", "a")
+        self.c2("slave-update", code=None)
+        self.c2("slave-update")
+        self.assertEqual(["b"], list(self.report("real")["state"]["deploys"]))
+
+    def test_no_outage_for_what_another_deploys_compose_project_forbids(self):
+        slave = self.slave("x")
+        self.configure(**self.keys("master", dynamicPortRange=[8000, 8002]))
+        for name, files in (("a", {}), ("b", {"compose.yaml": '{"name": "shop"}'})):
+            self.app(name + ".zip", files)
+            self.c2("start", name + ".zip")
+        self.c2("connect", "main", "a")
+        slave.update()
+        for command in ("connect main b", "stop a", "start b.zip c", "connect main c"):
+            self.c2(*command.split())
+        self.assertEqual(8000, self.master_state()["deploys"]["c"]["port"])
+        ran = slave.update(code=1)
+        self.assertIn("c can't run beside b, which has the docker compose project shop", ran.err)
+        self.assertNotIn("503", ran.err)
+        self.assertEqual((200, "a.zip"), slave.ask())
 
     def test_a_release_that_fails_on_one_machine(self):
         slaves = self.three()
