@@ -2259,11 +2259,15 @@ def read_link(path: str) -> Optional[str]:
         return None
 
 
+def is_dir(path: str) -> bool:
+    return os.path.isdir(path) and not os.path.islink(path)
+
+
 def remove(path: str) -> None:
     """Remove a file, a link, or a directory with all in it; nothing there is no error."""
     import shutil
 
-    if os.path.isdir(path) and not os.path.islink(path):
+    if is_dir(path):
         return shutil.rmtree(path)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
@@ -2287,6 +2291,27 @@ def scratch() -> Iterator[str]:
 
     with tempfile.TemporaryDirectory(prefix="c2-") as directory:
         yield directory
+
+
+def compare_trees(new: str, place: str) -> tuple:
+    """What only `new` has, what only `place` has, and what both have: paths from there that begin
+    with /, "" for the trees themselves. A directory in both stands for nothing but what is in it.
+    """
+    fresh, kept, common, pending = [], [], [], [""]
+    while pending:
+        at = pending.pop()
+        here, there = os.path.lexists(new + at), os.path.lexists(place + at)
+        if is_dir(new + at) and is_dir(place + at):
+            names = {*os.listdir(new + at), *os.listdir(place + at)}
+            pending += [f"{at}/{name}" for name in sorted(names, reverse=True)]
+        elif here and there and is_dir(new + at) != is_dir(place + at):
+            raise C2Error(
+                f"{place}{at} is {'a' if is_dir(place + at) else 'no'} directory, unlike in the "
+                "release; move it away, or start the release under another label"
+            )
+        else:
+            (common if here and there else fresh if here else kept).append(at)
+    return fresh, kept, common
 
 
 def utc_now(moment: Optional[float] = None) -> str:
@@ -2544,11 +2569,13 @@ def read_journal(path: str) -> Optional[Journal]:
     if source is None:
         return None
     try:
-        journal = Journal(path, parse_json(source, path))
+        journal = Journal(path, json.loads(source))  # names of files may not be Unicode
         group = journal.record["group"]
-        if journal.doing and (group is None or {*group} == {*identity(0)}):
+        paths = [*journal.record.get("fresh", []), *journal.record.get("common", [])]
+        inside_place = all(re.fullmatch(r"(/(?!\.\.?(/|\Z))[^/]+)*", at) for at in paths)
+        if journal.doing and inside_place and (group is None or {*group} == {*identity(0)}):
             return journal
-    except (C2Error, KeyError, TypeError, AttributeError):
+    except (C2Error, ValueError, RecursionError, KeyError, TypeError, AttributeError):
         pass
     raise C2Error(f"{path} is not a journal of c2; look at what it was about and remove it")
 
@@ -4399,7 +4426,9 @@ def launch(host: Host, journal: Journal, deploy: Deploy, old: Optional[Deploy]) 
     journal.step("prepare")
     staging, place = config.path(".staging", deploy.label), config.path(deploy.label)
     make_dir(config.path(".staging"), 0o711)
-    if not (old and old.label == deploy.label):
+    remove(config.path(".old", deploy.label))
+    replaced = bool(old) and old.label == deploy.label
+    if not replaced:
         remove(output_path(config, deploy.label))
     fetch_context(host)
     release = prepare_release(host, deploy.release, staging, deploy_context(host, deploy))
@@ -4407,9 +4436,12 @@ def launch(host: Host, journal: Journal, deploy: Deploy, old: Optional[Deploy]) 
         check_project(host, deploy, staging, quiet=True)
     run_command(host, journal, deploy, "prestart", staging)  # which may write the compose file
     check_project(host, deploy, staging)
+    whole = bool(config.proxy) and replaced
+    if not whole:
+        compare_trees(staging, place)  # before anything is stopped
     stopped = True
     if old:
-        journal.step("stop-old")
+        journal.step("stop-old", stopped=False)
         try:
             run_command(host, journal, old, "stop", config.path(old.label))
         except C2Error as e:
@@ -4420,16 +4452,46 @@ def launch(host: Host, journal: Journal, deploy: Deploy, old: Optional[Deploy]) 
                 deploy=old.label,
                 output=e.output,
             )
-    journal.step("swap", kept=os.path.lexists(place), stopped=stopped)
-    make_dir(config.path(".old"), 0o711)
-    if os.path.lexists(place):
-        os.rename(place, config.path(".old", deploy.label))
-    os.rename(staging, place)
+    stderr_to_stdout(host, journal, deploy, whole, stopped)
     if not config.proxy:
         replace_link(config.path("current"), deploy.label)
     journal.step("start")
     run_command(host, journal, deploy, "start", place)
     journal.step("done")
+
+
+def stderr_to_stdout(
+    host: Host, journal: Journal, deploy: Deploy, whole: bool, stopped: bool
+) -> None:
+    """Move what staging holds into the deploy's place. What is there already, data say, stays where
+    it is, unless the place is replaced as a whole; what has to give way lies in .old until the end.
+    """
+    config, label = host.config, deploy.label
+    staging, place, aside = (config.path(*at, label) for at in ([".staging"], [], [".old"]))
+    fresh, kept, common = ([], [], [""]) if whole else compare_trees(staging, place)
+    if kept:
+        shown = ", ".join(at[1:] for at in kept[:5]) + ", …" * (len(kept) > 5)
+        message = f"{label}: kept what {deploy.release} does not contain: {shown}"
+        host.log.info("kept", message, deploy=label)
+    journal.step("swap", stopped=stopped, fresh=fresh, common=common)
+    make_dir(config.path(".old"), 0o700)
+    for at in common:
+        make_dir(os.path.dirname(aside + at))
+        os.rename(place + at, aside + at)
+    for at in common + fresh:
+        os.rename(staging + at, place + at)
+
+
+def undo_merge(host: Host, journal: Journal, deploy: Deploy) -> None:
+    """Take the release's files out of its place, and put back what gave way; however often."""
+    place, aside = host.config.path(deploy.label), host.config.path(".old", deploy.label)
+    for at in journal.record["fresh"]:
+        remove(place + at)
+    for at in journal.record["common"]:
+        if os.path.lexists(aside + at):
+            remove(place + at)
+            make_dir(os.path.dirname(place + at))
+            os.rename(aside + at, place + at)
 
 
 def deploy_context(host: Host, deploy: Deploy) -> dict:
@@ -4461,14 +4523,10 @@ def roll_back_start(host: Host, journal: Journal, deploy: Deploy, old: Optional[
             host.log.warn("undo", f"{e}; something of it may be left running", deploy=deploy.label)
         journal.step("swap")
     if journal.record["step"] == "swap":
-        aside = config.path(".old", deploy.label)
-        if os.path.lexists(aside) or not journal.record["kept"]:
-            remove(place)
-        if os.path.lexists(aside):
-            os.rename(aside, place)
+        undo_merge(host, journal, deploy)
         if read_link(config.path("current")) == deploy.label:
             replace_link(config.path("current"), old.label if old else None)
-        journal.step("stop-old", stopped=False)
+        journal.step("stop-old", stopped=False, fresh=[], common=[])
     if (
         journal.record["step"] == "stop-old"
         and old
@@ -5723,7 +5781,8 @@ def cmd_stop(host: Host, args: Any) -> None:
             os.unlink(blocked)
             host.log.warn("unblock", f"{args.deploy} is not blocked any more", deploy=args.deploy)
             if args.deploy not in state.deploys:
-                remove(config.path(args.deploy))
+                if config.proxy:
+                    remove(config.path(args.deploy))
                 return clean_up(host)
         actions = stop_actions(state, args.deploy, args.force)
         retry_blocked(host, actions[0].deploy.label)

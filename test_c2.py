@@ -3565,7 +3565,8 @@ class OneHost(Sandbox):
             dirs[:] = [d for d in dirs if d not in ("output", ".staging", ".old")]
             for name in files:
                 if name not in ("lock",):
-                    found[os.path.join(root, name)] = self.read(root, name)
+                    path = os.path.join(root, name)
+                    found[path] = c2.read_link(path) or self.read(path)
         return found, self.current(), os.listdir(self.path("deploys", ".staging"))
 
     def start_foreground(self, name, *args, **keys):
@@ -3632,6 +3633,108 @@ class NoProxy(OneHost):
         self.assertEqual(self.ran(), ["prestart a", "stop a a.zip", "start a a.zip"])
         self.assertEqual(self.read("deploys", "current", "version"), "new")
         self.assertEqual(os.listdir(self.path("deploys", ".old")), [])
+
+    def fill(self):
+        """What an app leaves in its directory, told as what must be there later."""
+        self.write("deploys/a/data/db", "precious")
+        self.write("deploys/a/conf/mine", "precious")
+        for name, target in (("linked", self.path("elsewhere")), ("dangling", "nowhere")):
+            os.symlink(target, self.path("deploys", "a", name))
+        self.write("elsewhere/file", "precious")
+        os.chmod(self.path("deploys", "a", "conf"), 0o770)
+
+    def has_data(self):
+        place = self.path("deploys", "a")
+        for path in ("data/db", "conf/mine", "linked/file"):
+            self.assertEqual("precious", self.read(place, path), path)
+        self.assertEqual("nowhere", os.readlink(self.path(place, "dangling")))
+        self.assertTrue(os.path.islink(self.path(place, "linked")))
+        self.assertEqual(0o770, os.stat(self.path(place, "conf")).st_mode & 0o777)
+        self.assertEqual("precious", self.read("elsewhere", "file"))
+
+    def versions(self, *names, **keys):
+        """Versions of a.zip: all have a file of their own, one in a shared directory, a
+        template.
+        """
+        for name in names:
+            files = {"version": name, "conf/app": name, "x.tpl": name, "only-" + name: ""}
+            self.release("a.zip", files, templates=["x.tpl"], **keys)
+            yield name
+
+    def test_what_the_app_keeps_in_its_directory_stays(self):
+        self.marked("b.zip")
+        how = {
+            "the running one": [],
+            "a stopped one": [("stop", "a")],
+            "an earlier one": [("start", "b.zip")],
+            "a rollback": [("start", "b.zip"), ("rollback",)],
+        }
+        for version in self.versions("0", *how):
+            for step in how.get(version, []):
+                self.c2(*step)
+            told = self.c2("start", "a.zip").err
+            for path in ("version", "conf/app", "x"):
+                self.assertEqual(version, self.read("deploys", "current", path), version)
+            if version == "0":
+                self.assertNotIn("kept", told)
+                self.fill()
+            self.has_data()
+            self.assertEqual(
+                version != "0", "a: kept what a.zip does not contain: conf/mine, " in told
+            )
+            self.assertLessEqual(told.count("kept"), 1)
+            self.assertEqual([], os.listdir(self.path("deploys", ".old")))
+
+    def test_what_camus2_left_keeps_its_data(self):
+        for version in self.versions("new"):
+            self.write("deploys/a/release.json", {"stopCommand": "echo stopped >> ../../ran"})
+            self.fill()
+            os.symlink(self.path("deploys", "a"), self.path("deploys", "current"))
+            self.c2("start", "a.zip")
+            self.assertEqual((["stopped"], "a"), (self.ran(), self.current()))
+            self.has_data()
+            self.assertEqual(version, self.read("deploys", "a", "version"))
+
+    def test_a_failing_start_leaves_the_data_and_what_it_wrote_there(self):
+        for _ in self.versions("old"):
+            self.c2("start", "a.zip")
+            self.fill()
+        before = self.snapshot()[0]
+        bad = "echo more > data/wal; echo more > journal; rm version; exit 9"
+        for version in self.versions("new", startCommand=bad, prestartCommand="mkdir cache"):
+            for steps in ([], [("stop", "a")]):
+                for step in steps:
+                    self.c2(*step)
+                self.c2("start", "a.zip", code=1)
+                self.has_data()
+                for path in ("version", "conf/app", "x"):
+                    self.assertEqual("old", self.read("deploys", "a", path), version)
+                found = self.snapshot()[0]
+                root = self.path("deploys", "a")
+                self.assertEqual(
+                    {os.path.join(root, "journal"), os.path.join(root, "data", "wal")},
+                    {path for path in set(found) - set(before) if path.startswith(root)},
+                )
+
+    def test_where_a_file_would_take_a_directorys_place_nothing_is_touched(self):
+        for _ in self.versions("old", **MARKED):
+            self.c2("start", "a.zip")
+            self.fill()
+        self.ran()
+        before = self.snapshot()
+        clashes = {
+            "a/data is a directory": {"data": "x"},
+            "a/conf/mine is no directory": {"conf/mine/x": "x"},
+            "a/linked is no directory": {"linked/file": "x"},
+        }
+        for words, files in clashes.items():
+            self.release("a.zip", files, **MARKED)
+            told = self.c2("start", "a.zip", code=1).err
+            self.assertIn(words, told)
+            self.assertIn("move it away", told)
+            self.assertEqual(["prestart a"], self.ran())
+            self.assertEqual(before, self.snapshot())
+            self.has_data()
 
     def test_rollback(self):
         self.assertIn("no other release has run", self.c2("rollback", code=3).err)
@@ -3898,6 +4001,72 @@ class NoProxy(OneHost):
             self.c2("start", "b.zip", "--lock-wait", bad, code=2)
 
 
+class Merging(unittest.TestCase):
+    """A release is put over what is in its place, and taken back, for any two trees."""
+
+    def grow(self, root, mark, depth=0):
+        """A tree of a few names, with this content in its files; directories have names of
+        theirs.
+        """
+        os.mkdir(root)
+        for name in (*"abcdef", os.fsdecode(b"g\xff")):  # not every name is Unicode
+            path = os.path.join(root, name)
+            if self.rnd.random() < 0.4:
+                continue
+            if name < "d" and depth < 3:
+                self.grow(path, mark, depth + 1)
+            elif self.rnd.random() < 0.3:
+                os.symlink("../" + mark, path)
+            else:
+                with open(path, "w") as f:
+                    f.write(mark)
+
+    def look(self, root, at=""):
+        """The tree as {path: content}."""
+        found = {}
+        for name in c2.list_dir(root + at):
+            path = "%s/%s" % (at, name)
+            if c2.is_dir(root + path):
+                found.update(self.look(root, path), **{path: None})
+            else:
+                found[path] = c2.read_link(root + path) or c2.read_file(root + path)
+        return found
+
+    def test_merge_and_undo(self):
+        for n in range(200):
+            self.rnd = random.Random(SEED + n)
+            with self.subTest(seed=SEED, n=n), tempfile.TemporaryDirectory() as root:
+                self.once(root)
+
+    def once(self, root):
+        config = c2.Config(None, deploys_dir=root)
+        os.makedirs(config.proxy_path())
+        os.mkdir(config.path(".staging"))
+        host, one = c2.Host(config, mock.Mock(command="x")), deploy("x", port=0)
+        self.grow(config.path(".staging", "x"), "new")
+        if self.rnd.random() < 0.9:
+            self.grow(config.path("x"), "old")
+        new, old = self.look(config.path(".staging", "x")), self.look(config.path("x"))
+        rename, left = os.rename, [self.rnd.choice([3, 10, 10**6])]
+
+        def interrupted(*args):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            return rename(*args)
+
+        with mock.patch.object(os, "rename", interrupted), contextlib.suppress(KeyboardInterrupt):
+            c2.stderr_to_stdout(host, c2.new_journal(host, c2.Create(one)), one, False, True)
+        if left[0] > 0:
+            self.assertEqual(dict(old, **new), self.look(config.path("x")))
+        journal = c2.read_journal(config.proxy_path("journal.json"))
+        left[0] = self.rnd.choice([1, 5, 10**6])
+        with mock.patch.object(os, "rename", interrupted), contextlib.suppress(KeyboardInterrupt):
+            c2.undo_merge(host, journal, one)
+        c2.undo_merge(host, journal, one)
+        self.assertEqual(old, self.look(config.path("x")))
+
+
 class NoProxyFailures(OneHost):
     """Whatever fails: what ran still runs, the state is as before, one sentence says why."""
 
@@ -3997,6 +4166,12 @@ class NoProxyFailures(OneHost):
         err = self.c2("stop", "--force", "stubborn").err
         self.assertRegex(err, "warning: .*exited 5: no; removing it all the same")
         self.assertEqual((self.state()["deploys"], self.current()), ({}, None))
+
+    def test_clearing_a_blocked_label_keeps_its_directory(self):
+        self.write("deploys/frontend-proxy/blocked/web.json", {})
+        self.write("deploys/web/data", "precious")
+        self.c2("stop", "--force", "web")
+        self.assertEqual("precious", self.read("deploys", "web", "data"))
 
     def test_nothing_to_go_back_to(self):
         self.c2("stop", "good")
@@ -8498,7 +8673,7 @@ class Faulty(Sandbox):
         ):
             self.release(
                 name,
-                {"x.tpl": "{{source.key}}", "d/y": "y"},
+                {"x.tpl": "{{source.key}}", "d/y": "y", "v": name},
                 templates=["x.tpl"],
                 configSources={"inner": "release.json"},
                 prestartCommand="test -e x",
@@ -8676,8 +8851,9 @@ class Faulty(Sandbox):
         )
         present = set(os.listdir(root)) - {"frontend-proxy", "current", ".staging", ".old"}
         self.assertEqual(present - self.kept, set(deploys) - self.kept)
-        for name in deploys:
+        for name, release in deploys.items():
             self.assertEqual(self.read("deploys", name, "x"), "value")
+            self.assertEqual(self.read("deploys", name, "v"), release)
             self.assertIn(int(self.read("deploys", name, "pid")), self.apps())
         if self.proxy:
             self.check_links(connections)
@@ -8854,14 +9030,38 @@ class Replacing(Faulty):
     strides = {"kill": 3, "signal": 7, "disk full": 9, "program hangs": 2}
     kept = frozenset(["a", "b", "b2"])
 
+    DATA = ("data/db", "d/mine")
+
+    def setUp(self):
+        super(Replacing, self).setUp()
+        self.filled = set()
+
+    def fill(self, _):
+        """Each app has data in its directory, on the disk."""
+        for name in {"a", "b"} & set(os.listdir(self.path("deploys"))):
+            for path in self.DATA:
+                self.write(os.path.join("deploys", name, path), name)
+            self.filled.add(name)
+        c2.sync_file_system(self.path("deploys"))
+
+    def check(self):
+        super(Replacing, self).check()
+        for name in self.filled:
+            for path in self.DATA:
+                self.assertEqual(name, self.read("deploys", name, path))
+
+    check_done = check
+
     def story(self, *modes):
         begun = time.time()
-        self.walk(modes, "start", "a.zip", back=[("stop", "a")])
-        self.walk(modes, "start", "b.zip", back=[("start", "a.zip")])
-        self.walk(modes, "start", "bad.zip", code=1)
-        self.walk(modes, "start", "b2.zip", "b", back=[("start", "b.zip", "b")])
-        self.walk(modes, "start", "b2.zip", "b")
-        self.walk(modes, "stop", "b", back=[("start", "b2.zip", "b")])
+        walk = functools.partial(self.walk, modes, prepare=self.fill)
+        walk("start", "a.zip", back=[("stop", "a")])
+        walk("start", "b.zip", back=[("start", "a.zip")])
+        walk("start", "bad.zip", code=1)
+        walk("start", "b2.zip", "b", back=[("start", "b.zip", "b")])
+        walk("start", "b2.zip", "b")
+        walk("stop", "b", back=[("start", "b2.zip", "b")])
+        self.assertEqual({"a", "b"}, self.filled)
         self.report(modes, begun)
 
 
@@ -9204,6 +9404,8 @@ class LockAndJournal(Faulty):
             '{"action": {"kind": "Create"}}',
             '{"action": {"kind": "Connect", "end_point": "../x", "label": "y"}, "step": "switch",'
             ' "group": null, "command": "", "since": ""}',
+            '{"action": {"kind": "Create", "deploy": {"label": "x", "release": "x.zip", "port": 0}},'
+            ' "step": "swap", "group": null, "command": "", "since": "", "fresh": ["/../a"]}',
         ):
             path = self.write("deploys/frontend-proxy/journal.json", content)
             ran = self.run_c2("stop", "a", code=1)
