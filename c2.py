@@ -2188,10 +2188,10 @@ def with_path(path: str) -> Any:
 
 
 def temp_name(path: str) -> str:
-    """A file's name until it is whole; no label contains ~, and the pid tells what a kill has
-    left.
+    """A file's name until it is whole, which nobody can foresee; no label contains ~, and the pid
+    tells what a kill has left.
     """
-    return f"{path}.{os.getpid()}~"
+    return f"{path}.{os.getpid()}-{os.urandom(8).hex()}~"
 
 
 def replace_file(path: str, content: Any, mode: int = 0o644) -> None:
@@ -2200,8 +2200,8 @@ def replace_file(path: str, content: Any, mode: int = 0o644) -> None:
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
     temp = temp_name(path)
+    fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
-        fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
         with with_path(path), open(fd, "wb") as f:
             os.fchmod(f.fileno(), mode)
             f.write(data)
@@ -2246,7 +2246,6 @@ def replace_link(path: str, target: Optional[str]) -> None:
     if target is None:
         return remove(path)
     temp = temp_name(path)
-    remove(temp)
     os.symlink(target, temp)
     os.replace(temp, path)
     sync_dir(os.path.dirname(path))
@@ -3009,8 +3008,8 @@ def fetch(source: Variant, to: str, json_name: str = "") -> None:
     JSON.
     """
     part = temp_name(to)
+    os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
     try:
-        os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600))
         with with_path(to):
             FETCH[source.name](source.value, part)
         if json_name:
@@ -4702,7 +4701,7 @@ def clean_up(host: Host) -> None:
         config.proxy_path(),
         *map(config.proxy_path, PROXY_DIRS),
     ):
-        temps = [re.search(r"\.(\d+)~", name) for name in list_dir(directory)]
+        temps = [re.search(r"\.(\d+)(-[0-9a-f]+)?~", name) for name in list_dir(directory)]
         left += [
             os.path.join(directory, t.string)
             for t in temps
@@ -6068,18 +6067,18 @@ def cmd_fetch_context(host: Host, args: Any) -> None:
     argument("dir", metavar="DIR", help="a new directory"),
 )
 def cmd_unpack(host: Host, args: Any) -> None:
+    import tempfile
+
     directory = os.path.abspath(args.dir)
     if list_dir(directory):
         raise C2Error(f"{directory} is not empty; give a new directory")
     release_name(args.release, Location("RELEASE", "", say))
     fetch_context(host)
-    staging = temp_name(directory)
-    try:
-        make_dir(os.path.dirname(directory))
-        prepare_release(host, args.release, staging, load_context(host))
-        os.replace(staging, directory)
-    finally:
-        remove(staging)
+    parent, name = os.path.split(directory)
+    make_dir(parent)
+    with tempfile.TemporaryDirectory(prefix=f"{name}.", suffix="~", dir=parent) as private:
+        prepare_release(host, args.release, os.path.join(private, name), load_context(host))
+        os.replace(os.path.join(private, name), directory)
     host.log.info("unpack", f"unpacked {args.release} into {directory}", release=args.release)
 
 

@@ -3487,6 +3487,65 @@ class Releases(Sandbox):
         ran = self.c2("unpack", "r.zip", "out", code=1)
         self.assertIn("names a partial", ran.err)
 
+    def test_nothing_that_others_have_made_beforehand_is_used(self):
+        """In a directory that others can write: links, files and directories under c2's own
+        names.
+        """
+        self.release("r.zip", {"x.tpl": "{{app.name}}"}, templates=["x.tpl"])
+        self.c2("fetch-context")
+        victim, shared = self.write("victim", "precious"), self.path("shared")
+        temp = os.path.join(shared, "out.4711~")
+        made = {
+            "file": lambda path: self.write(path, "foreign"),
+            "directory": os.mkdir,
+            "link": lambda path: os.symlink(victim, path),
+        }
+        for kind, make in made.items():
+            with self.subTest(kind=kind):
+                os.mkdir(shared)
+                os.chmod(shared, 0o1777)
+                with mock.patch.object(c2.os, "getpid", lambda: 4711):
+                    foreseen = {c2.temp_name(os.path.join(shared, "out")) for _ in "12"}
+                    self.assertEqual(len(foreseen), 2)
+                for path in (temp, temp + ".zip"):
+                    make(path)
+                with mock.patch.object(c2, "temp_name", lambda path: temp):
+                    for write in (
+                        lambda to: c2.replace_file(to, "content"),
+                        lambda to: c2.replace_link(to, "target"),
+                        lambda to: c2.fetch(c2.Variant("file", victim), to),
+                    ):
+                        self.assertRaises(FileExistsError, write, os.path.join(shared, "out"))
+                before = self.tree(shared)
+                with contextlib.redirect_stderr(io.StringIO()), mock.patch.object(
+                    c2.os, "getpid", lambda: 4711
+                ), mock.patch.object(c2, "prepare_release", self.watched(c2.prepare_release)):
+                    config = ["--config", self.path("etc", "camus2.json")]
+                    out = os.path.join(shared, "out")
+                    self.assertEqual(c2.main(config + ["unpack", "r.zip", out]), 0)
+                    self.assertEqual(self.read(out, "x"), "web")
+                    shutil.rmtree(out)
+                    make(out) if kind != "directory" else None
+                    template = self.write("x.tpl", "{{app.name}}")
+                    self.assertEqual(c2.main(config + ["expand-template", template, out]), 0)
+                    self.assertEqual((self.read(out), os.path.islink(out)), ("web", False))
+                    os.unlink(out)
+                self.assertEqual((self.tree(shared), self.read("victim")), (before, "precious"))
+                shutil.rmtree(shared)
+
+    def tree(self, directory):
+        found = {name: os.lstat(os.path.join(directory, name)) for name in os.listdir(directory)}
+        return {name: (s.st_ino, s.st_mode, s.st_size, s.st_mtime) for name, s in found.items()}
+
+    def watched(self, prepare_release):
+        """Sees that a release is made where nobody else can enter."""
+
+        def prepare(host, name, directory, context):
+            self.assertEqual(os.stat(os.path.dirname(directory)).st_mode & 0o777, 0o700)
+            return prepare_release(host, name, directory, context)
+
+        return prepare
+
     def test_no_release_json(self):
         for members, words in [
             (["web/release.json", "web/app"], "but one in the folder web; pack what is in"),
