@@ -3626,9 +3626,14 @@ def in_flight(host: Host, port: int) -> str:
 
 
 class Container(NamedTuple):
-    """What the engine says of the proxy's container; `directory` is where its compose file lies."""
+    """What the engine says of the proxy's container; `directory` is where its compose file lies.
+
+    restarts: how often the engine has started it again by itself; restarting: it is about to.
+    """
 
     running: bool = False
+    restarting: bool = False
+    restarts: int = 0
     image: str = ""
     directory: str = ""
 
@@ -3671,7 +3676,8 @@ def inspect_proxy(host: Host) -> Container:
                 "--type",
                 "container",
                 "-f",
-                "{{.State.Running}} {{.State.Restarting}} {{.Image}} {{index .Config.Labels "
+                "{{.State.Running}} {{.State.Restarting}} {{.RestartCount}} {{.Image}} "
+                "{{index .Config.Labels "
                 '"com.docker.compose.project.working_dir"}}',
                 name,
             ]
@@ -3680,13 +3686,32 @@ def inspect_proxy(host: Host) -> Container:
         if "no such" in e.output.lower():
             return Container()
         raise
-    running, restarting, image, directory = (answer.strip() + "  ").split(" ", 3)
+    running, restarting, restarts, image, directory = (answer.strip() + "  ").split(" ", 4)
     if os.path.realpath(directory.strip()) != os.path.realpath(config.proxy_path()):
         raise Refused(
             f"the container {name} belongs to {directory.strip() or 'no compose project'}, not to "
             f"{config.proxy_path()}; remove it, or set deployMode.proxy.containerName"
         )
-    return Container(running == "true" and restarting != "true", image, directory.strip())
+    return Container(
+        running == "true" and restarting != "true",
+        restarting == "true",
+        int(restarts) if restarts.isdigit() else 0,
+        image,
+        directory.strip(),
+    )
+
+
+def proxy_death(restarts: Optional[int], found: Container) -> str:
+    """How the proxy has died since it ran with so many `restarts` (None: it has not been seen);
+    "" if it has not.
+    """
+    if restarts is None or found.running and found.restarts <= restarts:
+        return ""
+    if not found.directory:
+        return "the proxy's container was gone"
+    if found.restarts > restarts:
+        return f"the proxy has died, and the engine restarted it (restart count {found.restarts})"
+    return "the proxy did not run"
 
 
 def ask_nginx(host: Host, container: Container, runs: bool) -> dict:
@@ -3885,7 +3910,7 @@ def route(
     runs = container.running and not rebuild
     context = gather_context(host, state, container, runs)
     conf = render_nginx(config, context)
-    if start and not container.running:
+    if start and not container.running and not container.restarting:
         require_free_ports(config, bool(served_certificates(context)))
     reload_due = conf != read_file(config.proxy_path("conf", "nginx.conf")) or os.path.exists(
         candidate
@@ -5277,6 +5302,8 @@ class Slave:
         self.failures, self.tried = {}, set()  # type: Dict[Any, Failure], set
         self.seen = self.master = None  # the master's document, and what it says
         self.first, self.full_at, self.lost = True, 0.0, 0
+        self.serving = False  # the proxy's port was open after the last full round
+        self.restarts = None  # type: Optional[int]  # of the proxy's container when it ran last
         self.lock = threading.Lock()
         self.take(host)
         threading.Thread(target=self.heartbeat, daemon=True).start()
@@ -5303,10 +5330,11 @@ class Slave:
         except (C2Error, OSError) as e:
             self.lost += 1
             problems.append(f"{e}; nothing is changed here")
-        if news or now >= self.full_at or any(f.due <= now for f in self.failures.values()):
+        due = now >= self.full_at or any(f.due <= now for f in self.failures.values())
+        if news or due or self.serving and not listening(self.host.config.proxy.http_port):
             troubles = self.locking(self.work, None if problems else self.master)
             self.full_at = 0.0 if troubles else now + HEARTBEAT_SECS
-            self.first = bool(troubles) or "proxy" in self.failures
+            self.first = bool(troubles)
             problems += troubles
         for problem in problems:
             self.host.log.warn("slave", problem)
@@ -5359,8 +5387,25 @@ class Slave:
             if state.connections.get(action.end_point) == action.label:
                 self.attempt(action, self.perform, action, state)  # connected, but deaf
         if state.connections or os.path.exists(host.config.proxy_path("docker-compose.yml")):
-            self.attempt("proxy", route, host, state, self.first and bool(state.connections))
+            self.attempt("proxy", self.keep_proxy, state)
+        self.serving = listening(host.config.proxy.http_port)
         self.forget(master, state)
+
+    def keep_proxy(self, state: State) -> None:
+        """Make the proxy serve `state`, and run if it does not. That it had died is a failure also
+        where it runs again: so the record tells of it, and of one that dies again and again for as
+        long as it does, with growing pauses.
+        """
+        former = with_running_container(self.host)
+        found = inspect_proxy(former)
+        death = proxy_death(self.restarts, found)
+        if death:
+            death += f": {recent_nginx_errors(former)}" if found.directory else ""
+            self.problems = [*self.problems, death]  # the heartbeat may come before it runs again
+        route(self.host, state)
+        self.restarts = (found if found.running else inspect_proxy(self.host)).restarts
+        if death:
+            raise C2Error(f"{death}; it runs again")
 
     def recover(self) -> None:
         """Put right what was killed, or could not be taken back; before the next action takes the
@@ -5488,7 +5533,8 @@ class Slave:
         import random
 
         count = self.failures[key].count + 1 if key in self.failures else 1
-        pause = min(RETRY_SECS * 2 ** (count - 1), RETRY_MAX_SECS) * random.uniform(0.8, 1.2)
+        most = HEARTBEAT_SECS if key == "proxy" else RETRY_MAX_SECS  # without it nothing is served
+        pause = min(RETRY_SECS * 2 ** (count - 1), most) * random.uniform(0.8, 1.2)
         self.failures[key] = Failure(count, time.monotonic() + pause, str(why))
         self.tried.add(key)
         self.host.log.warn("slave", str(why))
@@ -6117,9 +6163,9 @@ def cmd_shutdown_frontend_proxy(host: Host, args: Any) -> None:
         host = with_running_container(host)
         if inspect_proxy(host).directory:
             compose(host, "down")
-        host.log.info(
-            "proxy", "the proxy is down; c2 connect or c2 restart-frontend-proxy bring it up again"
-        )
+        alone = "c2 connect or c2 restart-frontend-proxy bring"
+        up = "slave-update brings" if host.config.remote else alone
+        host.log.info("proxy", f"the proxy is down; {up} it up again")
 
 
 @command(

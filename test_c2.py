@@ -5820,7 +5820,8 @@ args = sys.argv[1:]
 if args[0] == "inspect":
     if not alive():
         sys.exit("Error: No such object")
-    facts = {"State.Running": "true", "State.Restarting": "false", "Image": "stub", "index": proxy}
+    facts = {"State.Running": "true", "State.Restarting": "false", "RestartCount": "0",
+             "Image": "stub", "index": proxy}
     print(re.sub(r"{{\.?([A-Za-z.]+).*?}}", lambda m: facts[m.group(1)], args[args.index("-f") + 1]))
 elif args[0] == "serve":
     Server(("", 80), Handler).serve_forever()
@@ -6883,6 +6884,133 @@ Journal.step = strike""")
         self.assertRegex(ran.err, "error: this seems to be no EC2 instance.*slaveLabel.*NAME")
 
 
+@needs_bed
+class DeadProxies(FleetCase):
+    """slave-update on the real engine, whose container of the proxy dies in every way there is."""
+
+    def setUp(self):
+        FleetCase.setUp(self)
+        self.container = "c2-fleet-%d" % os.getpid()
+        self.addCleanup(self.docker, "rm", "-f", self.container)
+        keys = self.keys("real", containerName=self.container)
+        self.configure(nginxDockerImage="c2-test/nginx", nginxDockerVersion="local", **keys)
+        self.tune("RETRY_SECS = 2")
+        self.app("a.zip")
+        self.c2("start", "a.zip")
+        self.c2("connect", "main", "a")
+        self.addCleanup(self.end_app)
+        self.update = self.start_c2("slave-update", "--repeat", "0.5")
+        self.addCleanup(self.finish, self.update)
+        self.addCleanup(self.update.terminate)
+        self.c2("wait", "60")
+        self.assertTrue(self.serves())
+
+    def end_app(self):
+        with contextlib.suppress(OSError):
+            os.kill(int(self.read("deploys", "a", "pid")), signal.SIGKILL)
+
+    def docker(self, *args):
+        ran = subprocess.run(
+            ("docker",) + args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60
+        )
+        return ran.stdout.decode()
+
+    def serves(self):
+        return Visitor.ask(mock.Mock(address="127.0.0.1", end_point="main")) == (200, "a.zip")
+
+    def ok(self):
+        return self.report("real")["status"] == "ok"
+
+    def failing(self, words):
+        status = self.report("real")["status"]
+        return status != "ok" and re.search(words, status["error"])
+
+    def mended(self, words):
+        wait_for(lambda: self.failing(words), 60, "a record with %s" % words)
+        wait_for(self.serves, 60, "serving after " + words)
+        wait_for(self.ok, 90, "a record that says ok after " + words)
+
+    def test_removed_killed_stopped(self):
+        for command, words in (
+            ("rm -f", "the proxy's container was gone"),
+            ("kill", "the proxy did not run"),
+            ("stop", "the proxy did not run"),
+        ):
+            with self.subTest(command=command):
+                self.docker(*command.split() + [self.container])
+                self.mended(words)
+        self.c2("disconnect", "main", "--wait", "60")
+        self.docker("rm", "-f", self.container)
+        here = mock.Mock(address="127.0.0.1", end_point="main")
+        wait_for(lambda: Visitor.ask(here)[0] == 503, 60, "503 of an endpoint that was taken off")
+
+    def engine(self):
+        """The process of this bed's engine, and how it was started."""
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            args = (c2.read_file("/proc/%s/cmdline" % pid) or "").split("\0")[:-1]
+            if args[:1] == ["dockerd"] and os.environ["DOCKER_HOST"] in args:
+                return int(pid), args
+        return None, []
+
+    def test_an_engine_that_is_restarted(self):
+        pid, args = self.engine()
+        os.kill(pid, signal.SIGTERM)
+        try:
+            wait_for(lambda: not self.engine()[0], 60, "the end of the engine")
+            wait_for(lambda: self.failing("docker daemon"), 60, "a record of the engine's end")
+        finally:
+            DeadProxies.engine_process = subprocess.Popen(
+                args,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        wait_for(self.serves, 90, "serving")
+        wait_for(self.ok, 90, "a record that says ok")
+
+    def test_a_container_that_crashes_again_and_again(self):
+        over = threading.Event()
+
+        def crash():
+            while not over.wait(0.5):
+                pid = self.docker("inspect", "-f", "{{.State.Pid}}", self.container).strip()
+                if pid.isdigit() and int(pid):
+                    with contextlib.suppress(OSError):
+                        os.kill(int(pid), signal.SIGKILL)
+
+        thread = threading.Thread(target=crash, daemon=True)
+        thread.start()
+        began = time.monotonic()
+        try:
+            wait_for(lambda: self.failing("the proxy"), 60, "a record of the crash")
+            while time.monotonic() < began + 15:
+                self.assertFalse(self.ok(), "it dies all the time")
+        finally:
+            over.set()
+            thread.join()
+        tries = [e for e in self.log() if e["message"] == "bringing the proxy up"]
+        self.assertLessEqual(len(tries) - 1, 4, "2, 4, 8 s between them")
+        wait_for(self.serves, 60, "serving")
+        wait_for(self.ok, 90, "a record that says ok")
+
+
+class ProxyDeaths(unittest.TestCase):
+    def test_table(self):
+        runs = c2.Container(True, False, 2, "i", "d")
+        for restarts, found, words in (
+            (None, c2.Container(), ""),
+            (None, runs, ""),
+            (2, runs, ""),
+            (3, runs, ""),  # by hand, or made anew
+            (1, runs, "died.*count 2"),
+            (2, runs._replace(running=False), "did not run"),
+            (1, runs._replace(running=False, restarting=True), "died.*count 2"),
+            (0, c2.Container(), "gone"),
+        ):
+            self.assertRegex(c2.proxy_death(restarts, found), words or "^$")
+
+
 class FleetWords(unittest.TestCase):
     """Documents of a fleet: what is taken for a master state, and what is said of a slave's
     record.
@@ -7247,6 +7375,55 @@ class Staying(unittest.TestCase):
         self.assertEqual([c2.Destroy(deploy)], list(slave.failures))
         slave.forget(c2.State(), c2.State())
         self.assertEqual({}, slave.failures)
+
+    def test_a_poll_without_news_is_no_work_while_the_port_of_the_proxy_is_open(self):
+        slave, rounds, is_open = self.slave(), [], [True]
+        slave.look, slave.report = mock.Mock(return_value=False), mock.Mock()
+        slave.restart = mock.Mock()
+        slave.keep_proxy = lambda state: rounds.append(0)
+        with mock.patch.object(c2, "listening", lambda port: is_open[0]), mock.patch.multiple(
+            c2,
+            locked=mock.MagicMock(),
+            load_state=lambda config: c2.State({"a": c2.Deploy("a", "a", 1)}, {"main": "a"}),
+        ):
+            for now_open, expected in ((1, 1), (1, 1), (0, 2), (0, 2), (1, 2), (0, 2)):
+                is_open[0] = now_open
+                slave.round()
+                self.assertEqual(expected, len(rounds))
+            slave.full_at = 0
+            slave.round()
+            self.assertEqual(3, len(rounds), "a full round looks after it")
+
+    def test_a_proxy_that_dies_again_and_again(self):
+        slave, found = self.slave(), [c2.Container(True, False, 0, "i", "d")]
+        state, pauses = c2.State(), []
+        with mock.patch.multiple(
+            c2,
+            with_running_container=lambda host: host,
+            inspect_proxy=lambda host: found[0],
+            route=lambda host, state: None,
+            recent_nginx_errors=lambda host: "[emerg] no",
+        ):
+
+            def attempt():
+                slave.tried = set()
+                done = slave.attempt("proxy", slave.keep_proxy, state)
+                for key, failure in slave.failures.items():
+                    pauses.append(failure.due - time.monotonic())
+                    slave.failures[key] = failure._replace(due=0)
+                return done
+
+            self.assertTrue(attempt())
+            for restarts in range(1, 10):
+                found[0] = found[0]._replace(restarts=restarts)
+                self.assertFalse(attempt())
+            self.assertRegex(
+                slave.failures["proxy"].reason, r"died.*count 9\): \[emerg\] no; it runs again"
+            )
+            self.assertTrue(attempt())
+            self.assertEqual({}, slave.failures)
+        for pause, usual in zip(pauses, (5, 10, 20, 40, 60, 60, 60, 60, 60)):
+            self.assertTrue(usual * 0.75 < pause < usual * 1.25, pauses)
 
     def test_what_the_heartbeat_meets_is_said_and_does_not_end_it(self):
         slave, beats = self.slave(), []
@@ -8542,7 +8719,7 @@ FAKE_DOCKER = r"""#!/bin/sh
 say() { echo "$*" >&2; exit 1; }
 [ "$1" != compose ] || shift 5
 case $1 in
-inspect) [ -e "$FAKE/up" ] || say "Error: No such container: $6"; echo "true false image $FAKE_DIR" ;;
+inspect) [ -e "$FAKE/up" ] || say "Error: No such container: $6"; echo "true false 0 image $FAKE_DIR" ;;
 top) echo "PID COMMAND"; [ ! -e "$FAKE/up" ] || echo "$(cat "$FAKE/up") nginx: worker process" ;;
 kill) [ -e "$FAKE/up" ] || say no container; echo $(($(cat "$FAKE/up") + 1)) >"$FAKE/up" ;;
 up) [ -e "$FAKE/up" ] || echo 100 >"$FAKE/up" ;;
