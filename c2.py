@@ -1123,12 +1123,20 @@ class Deploy(NamedTuple):
     port: number(0, 65535)  # 0 without the proxy
 
 
+class Change(NamedTuple):
+    """Who changed the state of a fleet last, when, and how."""
+
+    by: text = ""
+    at: text = ""
+    what: text = ""
+
+
 class State(NamedTuple):
     """What runs and what is connected (camus2), and what c2 adds: camus2 ignores keys that it
     doesn't know.
 
     previous: for `rollback`, ENDPOINT -> the deploy before ("current" without the proxy);
-    last_port: allotted last; since: LABEL -> when it was started.
+    last_port: allotted last; since: LABEL -> when it was started; changed: a master's last change.
     """
 
     deploys: mapping(label, record(Deploy, strict=False)) = {}
@@ -1136,6 +1144,7 @@ class State(NamedTuple):
     previous: mapping(label, record(Deploy, strict=False)) = {}
     last_port: number(0, 65535) = 0
     since: mapping(label, text) = {}
+    changed: optional(record(Change, strict=False)) = None
 
 
 def decode_state(value: Any, what: str) -> State:
@@ -1159,7 +1168,38 @@ def encode_state(state: State) -> dict:
     plain = {camel(field): value for field, value in state._asdict().items()}
     for key in ("deploys", "previous"):
         plain[key] = {name: dict(deploy._asdict()) for name, deploy in plain[key].items()}
-    return plain
+    changed = plain.pop("changed")
+    return dict(plain, changed=dict(changed._asdict())) if changed else plain
+
+
+class Asked(NamedTuple):
+    """How a state is to be in some places: LABEL -> its deploy, ENDPOINT -> the label that it is
+    connected to; None: not there.
+    """
+
+    deploys: Dict[str, Optional[Deploy]]
+    connections: Dict[str, Optional[str]]
+
+
+def asked_by(state: State, labels: Any, end_points: Any) -> Asked:
+    """These deploys and endpoints as they are in `state`."""
+    return Asked(
+        {name: state.deploys.get(name) for name in labels},
+        {e: state.connections.get(e) for e in end_points},
+    )
+
+
+def difference(asked: Asked, state: State) -> str:
+    """What of the asked-for a state does not have, in words; "" for nothing."""
+    unlike = {n: d for n, d in sorted(asked.deploys.items()) if state.deploys.get(n) != d}
+    said = [f"lacks {name}" for name, deploy in unlike.items() if deploy]
+    said += [f"still has {name}" for name, deploy in unlike.items() if not deploy]
+    said += [
+        f"{e} is on {state.connections.get(e, 'nothing')}"
+        for e, name in sorted(asked.connections.items())
+        if state.connections.get(e) != name
+    ]
+    return ", ".join(said)
 
 
 class Create(NamedTuple):
@@ -2348,6 +2388,23 @@ def emit(data: str) -> None:
     sys.stdout.flush()
 
 
+def login_name() -> str:
+    try:
+        import pwd
+
+        return os.environ.get("SUDO_USER") or pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
+
+
+def who() -> str:
+    """Who makes a change, for others to read: $C2_WHO, else the user at this host."""
+    import socket
+
+    name = os.environ.get("C2_WHO") or f"{login_name()}@{socket.gethostname()}"
+    return " ".join(printable(name).split())
+
+
 class Log:
     """The JSON log, and what is said of it to the person: one event, one line, in both."""
 
@@ -2369,17 +2426,11 @@ class Log:
         """
         message = masked(message, self.secrets)
         self.failed = self.failed or level == "error"
-        try:
-            import pwd
-
-            user = os.environ.get("SUDO_USER") or pwd.getpwuid(os.getuid()).pw_name
-        except KeyError:
-            user = str(os.getuid())
         entry = {
             "time": utc_now(),
             "level": level,
             "pid": os.getpid(),
-            "user": user,
+            "user": login_name(),
             "command": self.command,
             "event": event,
             "message": message,
@@ -4914,9 +4965,10 @@ def write_master(host: Host, state: State, etag: str) -> bool:
     return True
 
 
-def change_master(host: Host, decide: Callable[[State], list]) -> None:
+def change_master(host: Host, decide: Callable[[State], list]) -> tuple:
     """Change the master state as `decide` says of it; anew on the fresh one when another master was
-    quicker."""
+    quicker. Returns the state, and the actions that led to it.
+    """
     import random
 
     new = None
@@ -4930,7 +4982,9 @@ def change_master(host: Host, decide: Callable[[State], list]) -> None:
         for action in actions:
             new = next_state(action, new, utc_now())
         if not actions:
-            return
+            return state, []
+        what = ", ".join(describe(action)[1] for action in actions)
+        new = new._replace(changed=Change(who(), utc_now(), what))
         if write_master(host, new, etag):
             break
         time.sleep(random.uniform(0, min(0.25 * 2**attempt, 4)))
@@ -4944,6 +4998,7 @@ def change_master(host: Host, decide: Callable[[State], list]) -> None:
         host.log.info(
             "master", f"{done}: the master state says so now; the machines follow", **fields
         )
+    return new, actions
 
 
 def check_forgotten(config: Config) -> None:
@@ -4967,8 +5022,8 @@ def check_forgotten(config: Config) -> None:
 
 
 class Record(NamedTuple):
-    """What a slave has reported: `raw` as it is stored, its `state` and `error` decoded; `moment`:
-    Unix time.
+    """What a slave has reported: `raw` as it is stored, its `state`, `error` and `problems`, of
+    which that is made, decoded; `moment`: Unix time.
     """
 
     label: str
@@ -4976,6 +5031,7 @@ class Record(NamedTuple):
     raw: Any
     state: Optional[State]
     error: str
+    problems: List[dict]
 
     @property
     def age(self) -> float:
@@ -5020,35 +5076,35 @@ def decode_record(label: str, moment: float, source: str) -> Record:
         raw = parse_json(source, "the record")
         status = raw["status"]
         error = "" if status == "ok" or "ok" in status else str(status["error"])
-        return Record(label, moment, raw, decode_state(raw["state"], "the record"), error)
+        state, problems = decode_state(raw["state"], "the record"), raw.get("problems", [])
+        problems = [p for p in problems if error and isinstance(p, dict)]
     except (C2Error, KeyError, TypeError) as e:
-        return Record(label, moment, raw, None, f"the record can't be read: {e}")
+        state, error, problems = None, f"the record can't be read: {e}", []
+    whole = [{"message": error}] if error else []  # a slave of camus2 does not tell them apart
+    return Record(label, moment, raw, state, error, problems or whole)
 
 
-def difference(config: Config, wanted: State, state: State) -> str:
-    """What a state lacks of the wanted one, in words; "" for nothing."""
-    said = [
-        f"lacks {d.label}"
-        for _, d in sorted(wanted.deploys.items())
-        if state.deploys.get(d.label) != d
-    ]
-    said += [f"still has {name}" for name in sorted(state.deploys) if name not in wanted.deploys]
-    said += [
-        f"{e} is on {state.connections.get(e, 'nothing')}"
-        for e in sorted(config.end_points)
-        if state.connections.get(e) != wanted.connections.get(e)
-    ]
-    return ", ".join(said)
+def concerns(problem: dict, asked: Asked) -> bool:
+    """Whether a problem of a slave is one of the asked-for, or of the whole machine."""
+    name, end_point = problem.get("deploy"), problem.get("endpoint")
+    return not (name or end_point) or name in [*asked.deploys] or end_point in [*asked.connections]
 
 
-def slave_problem(config: Config, wanted: Optional[State], record: Record) -> str:
+def slave_problem(
+    config: Config, wanted: Optional[State], record: Record, asked: Optional[Asked] = None
+) -> str:
     """What is wrong with a slave, "" for nothing; wanted: the master state, None when it can't be
-    read.
+    read; asked: what alone matters of it.
     """
     age = f"{record.age:.0f} s" if record.age < 3 * LIVE_SECS else f"{record.age / 60:.0f} min"
-    behind = difference(config, wanted, record.state) if wanted and record.state else ""
+    behind, error = "", record.error
+    if wanted and record.state:
+        labels = {*wanted.deploys, *record.state.deploys}
+        behind = difference(asked or asked_by(wanted, labels, config.end_points), record.state)
+    if asked and not behind:
+        error = "; ".join(str(p.get("message")) for p in record.problems if concerns(p, asked))
     said = [f"STALE: not heard of for {age}"] if record.age > LIVE_SECS else []
-    said += [f"FAILING: {record.error}"] if record.error else []
+    said += [f"FAILING: {error}"] if error else []
     said += [f"BEHIND: {behind}"] if behind else []
     return " ".join("; ".join(said).split())
 
@@ -5118,9 +5174,16 @@ def fleet_status(config: Config, args: Any, directory: str) -> tuple:
     return printable(shown), problem
 
 
-def await_fleet(host: Host, wait: float) -> None:
-    """Wait until all slaves that have reported lately report the master's state; C2Error with those
-    that don't.
+def last_change(state: State) -> str:
+    changed = state.changed
+    if not changed:
+        return "it does not tell who changed it"
+    return f"its last change: {changed.what}, by {changed.by}, at {changed.at}"
+
+
+def await_fleet(host: Host, wait: float, asked: Optional[Asked] = None) -> None:
+    """Wait until all slaves that have reported lately report the master's state, or of it what was
+    asked for; C2Error with those that don't, or when that does not stand there any more.
     """
     import tempfile
 
@@ -5130,9 +5193,18 @@ def await_fleet(host: Host, wait: float) -> None:
             live, late = [], []
             try:
                 wanted = read_master(config)[0]
+                gone = difference(asked, wanted) if asked else ""
+                if gone:
+                    raise C2Error(
+                        f"the master state has been changed meanwhile, to what was not "
+                        f"asked for here ({gone}); {last_change(wanted)}"
+                    )
                 live = [r for r in read_records(config, directory) if r.age <= LIVE_SECS]
                 late = [
-                    f"{r.label}: {c}" for r in live for c in [slave_problem(config, wanted, r)] if c
+                    f"{r.label}: {c}"
+                    for r in live
+                    for c in [slave_problem(config, wanted, r, asked)]
+                    if c
                 ]
                 shown = (
                     f"{len(late)} of {len(live)} slaves are not there yet"
@@ -5145,7 +5217,8 @@ def await_fleet(host: Host, wait: float) -> None:
             except CommandFailed as e:  # S3 may be there again in time
                 shown = f"the fleet's state can't be read: {e}"
             if live and not late:
-                return host.log.info("fleet", f"all {len(live)} slaves report the master's state")
+                what = "it" if asked else "the master's state"
+                return host.log.info("fleet", f"all {len(live)} slaves report {what}")
             if time.monotonic() >= deadline:
                 raise C2Error("; ".join([f"after {wait:g} s {shown}", *late]))
             if shown != told:
@@ -5292,13 +5365,20 @@ def failure_key(action: Any) -> Any:
     return Create(action.deploy) if isinstance(action, Replace) else action
 
 
+def failure_subject(key: Any) -> Dict[str, str]:
+    """The deploy and the endpoint that a failure is about; {}: the whole machine."""
+    if isinstance(key, str):
+        return {"deploy": os.path.basename(key)[: -len(".json")]} if "/" in key else {}
+    return {n: v for n, v in describe(key)[2].items() if n in ("deploy", "endpoint")}
+
+
 class Slave:
     """A machine of a fleet, and what its `slave-update` remembers from round to round."""
 
     def __init__(self, host: Host, given: Optional[str]) -> None:
         import threading
 
-        self.given, self.problems = given, []
+        self.given, self.problems = given, []  # type: Optional[str], List[Dict[str, str]]
         self.failures, self.tried = {}, set()  # type: Dict[Any, Failure], set
         self.seen = self.master = None  # the master's document, and what it says
         self.first, self.full_at, self.lost = True, 0.0, 0
@@ -5317,7 +5397,7 @@ class Slave:
         self.host = host._replace(command_timeout=SLAVE_TIMEOUT_SECS if limit is None else limit)
         self.poll, self.written = Poll(host.log, master_url(host.config)), None
 
-    def round(self) -> List[str]:
+    def round(self) -> List[Dict[str, str]]:
         """Make this machine what the master state says, as far as that can be done now, and report;
         returns what is wrong.
         """
@@ -5338,7 +5418,9 @@ class Slave:
             problems += troubles
         for problem in problems:
             self.host.log.warn("slave", problem)
-        self.problems = problems + [f.reason for f in self.failures.values()]
+        self.problems = [{"message": problem} for problem in problems] + [
+            dict(failure_subject(key), message=f.reason) for key, f in self.failures.items()
+        ]
         self.report()
         return self.problems
 
@@ -5401,7 +5483,8 @@ class Slave:
         death = proxy_death(self.restarts, found)
         if death:
             death += f": {recent_nginx_errors(former)}" if found.directory else ""
-            self.problems = [*self.problems, death]  # the heartbeat may come before it runs again
+            # The heartbeat may come before it runs again.
+            self.problems = [*self.problems, {"message": death}]
         route(self.host, state)
         self.restarts = (found if found.running else inspect_proxy(self.host)).restarts
         if death:
@@ -5576,19 +5659,21 @@ class Slave:
         try:
             address = interface_address(name)
         except OSError as e:
-            problems.append(
-                f"the interface {name} (slaveInterfaceName) has no IPv4 address: {e.strerror}"
-            )
+            why = f"the interface {name} (slaveInterfaceName) has no IPv4 address: {e.strerror}"
+            problems.append({"message": why})
         try:
             state = load_state(config)
         except C2Error:
             state = State()
-        error = masked("; ".join(problems), self.host.log.secrets)
+        secrets = self.host.log.secrets
+        problems = [dict(p, message=masked(p["message"], secrets)) for p in problems]
+        error = "; ".join(p["message"] for p in problems)
         record = {
             "status": {"error": error} if error else "ok",
             "ipAddress": address,
             "hostName": socket.gethostname(),
             "state": encode_state(state),
+            "problems": problems,
         }
         with self.lock:
             if record == self.written and not anyway:
@@ -5728,11 +5813,16 @@ def change(
     """Decide on the state and act on it: on this host, or in a fleet on the master state.
 
     subject: tells the label whose failed recovery is tried again first; about: for the lock's
-    holder.
+    holder, and with the actions what `--wait` waits for.
     """
     if host.config.remote:
-        change_master(host, decide)
-        return None if args.wait is None else await_fleet(host, args.wait)
+        state, actions = change_master(host, decide)
+        if args.wait is not None:
+            subjects = [about, *(describe(action)[2] for action in actions)]
+            labels = {a["deploy"] for a in subjects if "deploy" in a}
+            end_points = {a["endpoint"] for a in subjects if "endpoint" in a}
+            await_fleet(host, args.wait, asked_by(state, labels, end_points))
+        return
     with changing(host, args.lock_wait, **dict({"verb": args.command}, **about)):
         retry_blocked(host, subject(host_state(host.config)))
         state = host_state(host.config)
@@ -6018,7 +6108,7 @@ def cmd_slave_update(host: Host, args: Any) -> None:
         time.sleep(pause * random.uniform(0.8, 1.2))
     problems = slave.round()
     if problems:
-        raise C2Error("; ".join(problems))
+        raise C2Error("; ".join(p["message"] for p in problems))
     host.log.info("slave", f"{slave.label} is what {master_url(host.config)} says")
 
 

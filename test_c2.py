@@ -2269,7 +2269,10 @@ class StateCases(unittest.TestCase):
         found = c2.decode_state(of_camus2, "state.json")
         self.assertEqual(found, state(deploy("a.zip", "a.zip", 8003), main="a.zip"))
         full = found._replace(
-            previous={"main": deploy("b")}, last_port=8003, since={"a.zip": "2020-01-01T00:00:00Z"}
+            previous={"main": deploy("b")},
+            last_port=8003,
+            since={"a.zip": "2020-01-01T00:00:00Z"},
+            changed=c2.Change("b@h", "now", "start a.zip"),
         )
         written = json.loads(json.dumps(c2.encode_state(full)))
         self.assertEqual(
@@ -6104,7 +6107,7 @@ class Fleet(FleetCase):
             slave.repeating = slave.repeat()
         self.c2("start", "a.zip")
         ran = self.c2("connect", "main", "a", "--wait", "90")
-        self.assertIn("all 3 slaves report the master's state", ran.err)
+        self.assertIn("all 3 slaves report it", ran.err)
         visitors = [Visitor(slave.address, "main") for slave in slaves]
         self.c2("start", "b.zip", "--wait", "90")
         self.c2("connect", "main", "b")
@@ -6663,6 +6666,61 @@ Journal.step = strike""")
         ran = self.c2("connect", "main", "a", "--wait", "0", code=1)
         self.assertIn("joined: BEHIND: main is on nothing", ran.err)
 
+    def test_wait_is_for_what_was_asked(self):
+        self.tune("WAIT_POLL_SECS = .2")
+        for name in "abc":
+            self.app(name + ".zip")
+        self.c2("start", "a.zip", env={"C2_WHO": "eve\n\x1b[1m"})
+        self.assertEqual("eve \\x1b[1m", self.master_state()["changed"]["by"])
+        self.put_record("x")
+        self.c2("start", "b.zip")
+        for before, asked, other, words, what in (
+            ((), "connect main b", "connect main a", "main is on a", "connect main to a"),
+            ((), "start c.zip", "stop c", "lacks c", "stop c"),
+            (["start c.zip"], "stop c", "start c.zip", "still has c", "start c on port 800."),
+            ((), "disconnect main", "connect main b", "main is on b", "connect main to b"),
+        ):
+            with self.subTest(asked=asked):
+                for command in before:
+                    self.c2(*command.split())
+                self.put_record("x")
+                waiting = self.start_c2(*asked.split() + ["--wait", "90"])
+                self.addCleanup(lambda process=waiting: process.poll() is None and process.kill())
+                heard = ""
+                while "1 of 1 slaves are not there yet" not in heard:
+                    part = os.read(waiting.stderr.fileno(), 65536).decode()
+                    self.assertTrue(part, heard)
+                    heard += part
+                self.c2(*other.split(), env={"C2_WHO": "eve@ci"})
+                self.put_record("x")  # which reports all of the master's state
+                ran = self.finish(waiting, 60)
+                self.assertEqual(1, ran.code, ran)
+                self.assertIn("(%s)" % words, ran.err)
+                self.assertRegex(ran.err, "its last change: %s, by eve@ci, at 2" % what)
+
+    def test_wait_and_what_fails_elsewhere(self):
+        slave = self.slave("x")
+        self.app("a.zip")
+        self.app("bad.zip", startCommand="exit 7")
+        self.app("deaf.zip", startCommand="true", stopCommand="true")
+        self.c2("start", "bad.zip")
+        self.c2("start", "deaf.zip")
+        self.c2("connect", "other", "deaf")
+        process = slave.repeat()
+        self.assertIn("all 1 slaves report it", self.c2("start", "a.zip", "--wait", "60").err)
+        self.c2("connect", "main", "a", "--wait", "60")
+        self.assertEqual(
+            {("bad", None), ("deaf", "other")},
+            {(p.get("deploy"), p.get("endpoint")) for p in self.report("x")["problems"]},
+        )
+        ran = self.c2("start", "bad.zip", "--wait", "0", code=1)
+        self.assertRegex(ran.err, "runs already(?s:.*)x: FAILING: .*exited 7.*BEHIND: lacks bad$")
+        ran = self.c2("connect", "other", "deaf", "--wait", "0", code=1)
+        self.assertRegex(ran.err, "x: FAILING: deaf does not answer")
+        self.assertNotIn("exited 7", ran.err)
+        self.c2("wait", "0", code=1)
+        slave.end(process)
+
     def test_masters_at_once(self):
         self.configure(**self.keys("master", dynamicPortRange=[8000, 8100]))
         self.app("a.zip")
@@ -7092,6 +7150,84 @@ class FleetWords(unittest.TestCase):
             record = c2.decode_record("i", now, source)
             self.assertIn("can't be read", record.error)
             self.assertIn("FAILING", c2.fleet_text(config, wanted, [record]))
+
+    def test_what_was_asked(self):
+        a, b, b2 = (c2.Deploy(n, n + ".zip", p) for n, p in (("a", 1), ("b", 2), ("b", 3)))
+        state = c2.State({"a": a, "b": b}, {"main": "b"})
+        for deploys, connections, words in (
+            ({}, {}, ""),
+            ({"a": a}, {}, ""),
+            ({"a": a, "b": b}, {"main": "b", "other": None}, ""),
+            ({"c": None}, {}, ""),
+            ({"b": b2}, {}, "lacks b"),
+            ({"c": a}, {}, "lacks c"),
+            ({"a": None}, {}, "still has a"),
+            ({"a": a}, {"main": "a"}, "main is on b"),
+            ({}, {"main": None}, "main is on b"),
+            ({"b": None, "c": a}, {"other": "a"}, "lacks c, still has b, other is on nothing"),
+        ):
+            self.assertEqual(words, c2.difference(c2.Asked(deploys, connections), state))
+        self.assertEqual(
+            c2.Asked({"a": a, "x": None}, {"main": "b", "y": None}),
+            c2.asked_by(state, {"a", "x"}, {"main", "y"}),
+        )
+
+    def test_what_of_a_machine_matters_to_what_was_asked(self):
+        mode = c2.ProxyMode({"main": c2.EndPoint(["x"], c2.Variant("httpOnly"))})
+        config = c2.Config(c2.Variant("localdir", "/"), deploy_mode=c2.Variant("proxy", mode))
+        wanted = c2.decode_master(json.dumps(self.STATE), "URL")
+        later = wanted._replace(deploys=dict(wanted.deploys, late=c2.Deploy("late", "late", 1)))
+        asked = c2.asked_by(later, ["a"], ["main"])
+
+        def said(*problems, **keys):
+            raw = {"status": {"error": "all"} if problems else "ok", "state": self.STATE}
+            raw = json.dumps(dict(dict(raw, problems=problems), **keys))
+            return c2.slave_problem(config, later, c2.decode_record("i", time.time(), raw), asked)
+
+        machine, other = {"message": "m"}, {"message": "o", "deploy": "x", "endpoint": "x"}
+        self.assertEqual("", said())
+        self.assertEqual("", said(other))
+        self.assertEqual("FAILING: m", said(other, machine))
+        for about in ({"deploy": "a"}, {"endpoint": "main"}, {"deploy": "x", "endpoint": "main"}):
+            self.assertEqual("FAILING: mine", said(other, dict(about, message="mine")))
+        for nothing in (None, 7, [], "x", {}):
+            self.assertRegex(
+                said(other, problems=nothing), "FAILING: (all|the record can't be read)"
+            )
+        for odd in ({"deploy": []}, {"endpoint": {}}, {"deploy": 7, "endpoint": ["a"]}):
+            said(dict(odd, message=7))
+        behind = dict(self.STATE, connections={})
+        self.assertEqual("FAILING: all; BEHIND: main is on nothing", said(other, state=behind))
+        self.assertEqual("BEHIND: main is on nothing", said(state=behind))
+
+    def test_who(self):
+        for env, name in (
+            ({"C2_WHO": "ci job 7", "SUDO_USER": "x"}, "ci job 7"),
+            ({"C2_WHO": "a\n\x1b\x7f\tb"}, "a \\x1b\\x7f b"),
+            ({"SUDO_USER": "bob"}, "bob@" + socket.gethostname()),
+        ):
+            with mock.patch.dict(os.environ, env):
+                self.assertEqual(name, c2.who())
+                state = c2.State(changed=c2.Change(c2.who(), "now", "what"))
+            written = json.dumps(c2.encode_state(state))
+            self.assertEqual(state, c2.decode_master(written, "URL"))
+        self.assertNotIn("changed", c2.encode_state(c2.State()))
+        self.assertEqual([], c2.plan(["main"], c2.State(), state))
+        with self.assertRaisesRegex(c2.C2Error, "^URL: changed.by"):
+            c2.decode_master('{"deploys": {}, "connections": {}, "changed": {"by": 7}}', "URL")
+
+    def test_subjects(self):
+        a = c2.Deploy("a", "a.zip", 1)
+        for key, subject in (
+            (c2.Create(a), {"deploy": "a"}),
+            (c2.Destroy(a), {"deploy": "a"}),
+            (c2.Restart(a), {"deploy": "a"}),
+            (c2.Connect("main", "a"), {"endpoint": "main", "deploy": "a"}),
+            (c2.Disconnect("main"), {"endpoint": "main"}),
+            ("/opt/deploys/frontend-proxy/blocked/a.json", {"deploy": "a"}),
+            ("proxy", {}),
+        ):
+            self.assertEqual(subject, c2.failure_subject(key))
 
     def test_example(self):
         directory = os.path.join(HERE, "examples", "fleet")
