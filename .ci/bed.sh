@@ -277,6 +277,17 @@ amazon() {
   wait_for imds curl -s http://127.0.0.1:1338/
 }
 
+# `aws` without its start of half a second; $TOOLS/path has the plain one.
+aws_cli() {
+  rm -rf "$SLOT/aws" && mkdir -p "$SLOT/aws"
+  "$TOOLS/bin/python3" "$HERE/aws.py" serve "$SLOT/aws/socket" >"$SLOT/log/aws" 2>&1 </dev/null &
+  printf '#!/bin/sh\nexec %q -IS %q call %q "$@"\n' "$(readlink -f "$TOOLS/bin/python3")" "$HERE/aws.py" "$SLOT/aws/socket" \
+    >"$SLOT/aws/aws"
+  chmod 755 "$SLOT/aws/aws"
+  export PATH=$SLOT/aws:$PATH
+  wait_for aws aws --version
+}
+
 # A slot is held by a lock that every process of the run inherits, so it is free when the last one is gone.
 free_slot() {
   local n
@@ -311,6 +322,7 @@ inside() {
   step images
   step acme
   step amazon
+  step aws_cli
   local rc=0
   "$@" 9>&- || rc=$?
   no_containers || echo 'bed: containers are left, the next run removes them' >&2
