@@ -8964,14 +8964,17 @@ class Strike(object):
         sticky = self.mode in ("disk full", "disk read-only") and self.count > self.at
         if self.count != self.at:
             return sticky
-        fd = self.os_open(self.told, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.write(fd, what.encode("utf-8", "replace"))
-        os.close(fd)
+        self.tell(self.told, what)
         if self.mode in ("kill", "power cut"):
             self.os_kill(os.getpid(), signal.SIGKILL)
         if self.mode == "signal":
             self.os_kill(os.getpid(), signal.SIGTERM)
         return self.mode != "signal"
+
+    def tell(self, path, what):
+        fd = self.os_open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.write(fd, what.encode("utf-8", "replace"))
+        os.close(fd)
 
     def wrap_file(self, name, function):
         def wrapped(path, *args, **options):
@@ -9183,6 +9186,8 @@ class Faulty(Sandbox):
             if strike:
                 strike()
             code = c2.main(list(args))
+            if isinstance(strike, Strike):
+                strike.tell(self.path("effects"), str(strike.count))
         except BaseException:
             import traceback
 
@@ -9279,7 +9284,8 @@ class Faulty(Sandbox):
         """
         told, before = self.path("hit"), self.abstract()
         stride = 1 if EVERY_FAULT else self.strides.get(modes[0], 1) * SPARSE
-        for n in itertools.count(1 + SEED % stride, stride):
+        n, struck = 1 + SEED % stride, False
+        while True:
             mode = modes[(n + SEED) % len(modes)]
             options.get("prepare", len)(())
             served = [e for e in self.served() if e not in options.get("outage", ())]
@@ -9287,23 +9293,33 @@ class Faulty(Sandbox):
             if not os.path.exists(told):
                 self.assertEqual(ran.code, options.get("code", 0), ran)
                 self.check_done()
-                return
+                effects = int(self.read("effects"))
+                if struck or not effects:
+                    return
+                n = 1 + (n - 1) % effects  # the first stroke is one of them, whatever the seed
+                self.go_back(before, options)
+                continue
             try:
                 self.after_strike(mode, command, ran, served)
-                if self.abstract() != before:
-                    for step in options.get("back", ()):
-                        self.run_c2(*step)
-                    self.assertEqual(self.abstract(), before)
+                self.go_back(before, options)
             except AssertionError as e:
                 raise AssertionError(
                     "%s: effect %s of %s: %s\n%s\n%s" % (mode, n, command, self.read("hit"), ran, e)
                 ) from e
             os.unlink(told)
             self.injected += 1
+            struck, n = True, n + stride
+
+    def go_back(self, before, options):
+        if self.abstract() != before:
+            for step in options.get("back", ()):
+                self.run_c2(*step)
+            self.assertEqual(self.abstract(), before)
 
     strides = {"kill": 2, "signal": 5, "disk full": 7, "program hangs": 2}
 
     def report(self, modes, begun):
+        self.assertGreater(self.injected, 0)
         print(
             "%s, %s: %d faults injected, all survived, in %.0f s"
             % (type(self).__name__, "/".join(modes), self.injected, time.time() - begun),
