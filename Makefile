@@ -15,6 +15,14 @@ test-pure:   ## run those that start no program
 test-bed: bed  ## run the tests beside real services, a bed for each of JOBS (Debian, root)
 	C2_WITHIN='.ci/bed.sh run' $(MAKE) test PYTHON="$${PYTHON:-$$(.ci/bed.sh pythons | tail -1)}"
 
+coverage: export COVERAGE_RCFILE = .ci/coveragerc
+coverage: export PYTHONPATH = .
+coverage: bed  ## print the lines of c2.py that no test runs, beside real services
+	rm -rf .ci/cache/coverage && mkdir -p .ci/cache/coverage
+	-C2_WITHIN='.ci/bed.sh run' .ci/bed.sh tools coverage run -m test_c2
+	.ci/bed.sh tools coverage combine -q
+	.ci/bed.sh tools coverage report -m
+
 bed:         ## install these services, and the linters
 	.ci/bed.sh install
 

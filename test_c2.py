@@ -10956,6 +10956,7 @@ class SideBySide(object):
         drivers = [
             threading.Thread(target=self.drive, args=(w, result), daemon=True) for w in workers
         ]
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         try:
             for driver in drivers:
                 driver.start()
