@@ -10013,7 +10013,7 @@ class Hostile(Faulty):
     LINKS = ("..", "/etc", "../../x", "d/../../..", "a\0b", ".", "release.json")
 
     def fuzz(self, name, attempt):
-        """Call attempt(random) again and again for SECONDS, in a fork with 1 GB and a time
+        """Call attempt(random) again and again for SECONDS, in a fork with 940 MB and a time
         limit.
         """
         import resource
@@ -10023,7 +10023,11 @@ class Hostile(Faulty):
         if not pid:
             code = 1
             try:
-                resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+                # On top of what is reserved already: 64 MB for each thread that a test here has
+                # had.
+                pages = int(c2.read_file("/proc/self/statm").split()[0])
+                limit = (940 << 20) + pages * resource.getpagesize()
+                resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
                 signal.alarm(int(SECONDS) + 30)
                 end, seed = time.monotonic() + SECONDS, SEED
                 while time.monotonic() < end:
