@@ -2,8 +2,10 @@
 """The tests of c2: run the program, look at files, ports and answers.
 
 `python3 test_c2.py` runs what this machine can; what needs Docker, the aws CLI and the other
-services of the test bed (`make test-bed`) is skipped, and said. With C2_REQUIRE=1, as in CI, a skip
-is a failure. C2_SEED repeats the random tests of a failed run.
+services of the test bed (`make test-bed`) is skipped, and said. From the environment: JOBS, in how
+many processes; ONLY="fleet yaml", classes that begin so, and sections; C2_WITHIN, a command that
+each process is begun with; C2_REQUIRE=1, as in CI, makes a skip a failure; C2_SEED repeats the
+random tests of a failed run.
 """
 
 import collections
@@ -5787,38 +5789,41 @@ http.server.HTTPServer(("127.0.0.1", int(os.environ["C2_PORT"])), Handler).serve
 # What a slave without an engine of its own has for `docker`: the proxy is a program that follows
 # live/ as nginx does, and answers in the slave's network namespace.
 STUB_DOCKER = (
-    r"""#!%s
-import http.client, http.server, os, re, signal, socketserver, subprocess, sys, time
+    r"""#!%s -IS
+import os, re, signal, socket, subprocess, sys, time
 proxy = os.environ["C2_STUB"]
 pid = os.path.join(proxy, "stub.pid")
 def alive():
     return os.path.exists(pid) and os.path.isdir("/proc/" + open(pid).read())
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        name = self.headers["Host"].split(".")[0]
-        try:
-            port = os.path.basename(os.readlink(os.path.join(proxy, "live", name)))
-        except OSError:
-            port = "none"
-        status, body = 503, b""
-        if self.path == "/.c2/port":
-            status, body = 200, ("port=" + port.replace("none", "")).encode()
-        elif port != "none":
+def serve():
+    import http.client, http.server, socketserver
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            name = self.headers["Host"].split(".")[0]
             try:
-                app = http.client.HTTPConnection("127.0.0.1", int(port), timeout=10)
-                app.request("GET", self.path)
-                answer = app.getresponse()
-                status, body = answer.status, answer.read()
+                port = os.path.basename(os.readlink(os.path.join(proxy, "live", name)))
             except OSError:
-                status = 502
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-    def log_message(self, *args):
-        pass
-class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
-    daemon_threads = True
+                port = "none"
+            status, body = 503, b""
+            if self.path == "/.c2/port":
+                status, body = 200, ("port=" + port.replace("none", "")).encode()
+            elif port != "none":
+                try:
+                    app = http.client.HTTPConnection("127.0.0.1", int(port), timeout=10)
+                    app.request("GET", self.path)
+                    answer = app.getresponse()
+                    status, body = answer.status, answer.read()
+                except OSError:
+                    status = 502
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+        def log_message(self, *args):
+            pass
+    class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
+        daemon_threads = True
+    Server(("", 80), Handler).serve_forever()
 args = sys.argv[1:]
 if args[0] == "inspect":
     if not alive():
@@ -5827,12 +5832,17 @@ if args[0] == "inspect":
              "Image": "stub", "index": proxy}
     print(re.sub(r"{{\.?([A-Za-z.]+).*?}}", lambda m: facts[m.group(1)], args[args.index("-f") + 1]))
 elif args[0] == "serve":
-    Server(("", 80), Handler).serve_forever()
+    serve()
 elif "up" in args:
-    server = subprocess.Popen([sys.executable, __file__, "serve"], stdin=subprocess.DEVNULL,
+    server = subprocess.Popen([sys.executable, "-IS", __file__, "serve"], stdin=subprocess.DEVNULL,
                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     open(pid, "w").write(str(server.pid))
-    time.sleep(.3)
+    while server.poll() is None:
+        try:
+            socket.create_connection(("127.0.0.1", 80)).close()
+            break
+        except OSError:
+            time.sleep(.01)
 elif "down" in args:
     os.kill(int(open(pid).read()), 9)
 elif args[0] == "top":
