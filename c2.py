@@ -117,6 +117,15 @@ def nearest(name: str, known: List[str]) -> str:
 # --------------------------------------------------------------------------------------------------
 
 
+def without_credentials(text: str) -> str:
+    """A text whose web addresses have lost user, password and query: each of them may be secret.
+
+    A password may hold what should stand there as %2F, %3F or %40.
+    """
+    text = re.sub(r"(\w://)([^\s/]*|[^\s/:]*:(?!\d+/)\S*)@", r"\1", text)
+    return re.sub(r"(?i)(https?://[^\s?\"]*)\?[^\s\"]*", r"\1", text)
+
+
 class Location(NamedTuple):
     """Where a value stands in its document: `path` for messages, `base` for relative paths ("":
     none).
@@ -131,7 +140,7 @@ class Location(NamedTuple):
         return self._replace(path=f"{self.path}.{name}" if self.path else str(name))
 
     def expected(self, value: Any, allowed: str) -> ConfigError:
-        shown = json.dumps(value, ensure_ascii=False, default=str)
+        shown = without_credentials(json.dumps(value, ensure_ascii=False, default=str))
         shown = shown if len(shown) <= 60 else shown[:57] + "..."
         return ConfigError(f"{self.path or 'the document'}: found {shown}, expected {allowed}")
 
@@ -2995,7 +3004,8 @@ def fetch_http(url: str, to: str) -> None:
             print(file=sys.stderr)
         if size and f.tell() != size:
             raise C2Error(
-                f"{url}: the connection ended after {f.tell()} of {size} bytes; try again"
+                f"{without_credentials(url)}: the connection ended after {f.tell()} of {size} "
+                "bytes; try again"
             )
 
 
@@ -3009,8 +3019,9 @@ def http_opener() -> Any:
             scheme = urllib.parse.urlsplit(answer[-1]).scheme
             if scheme != "https" and (scheme, request.type) != ("http", "http"):
                 raise C2Error(
-                    f"{request.full_url}: it redirects from {request.type} to {scheme}, which is "
-                    "not followed; give the address that it redirects to, if it can be trusted"
+                    f"{without_credentials(request.full_url)}: it redirects from {request.type} to "
+                    f"{scheme}, which is not followed; give the address that it redirects to, if "
+                    "it can be trusted"
                 )
             return super().redirect_request(request, *answer)
 
@@ -3020,21 +3031,37 @@ def http_opener() -> Any:
 @contextlib.contextmanager
 def open_http(url: str, method: str = "GET") -> Any:
     """The answer to a request, to be read; Missing or C2Error when it fails, also while it is
-    read.
+    read. A user and password in the address go along by Basic, and not where it redirects to.
     """
+    import base64
     import http.client
     import urllib.error
     import urllib.request
+    from urllib.parse import unquote, urlsplit
 
-    request = urllib.request.Request(url, headers={"User-Agent": f"c2/{VERSION}"}, method=method)
+    shown = without_credentials(url)
     try:
+        parts = urlsplit(url)
+        user, at, netloc = parts.netloc.rpartition("@")
+        request = urllib.request.Request(
+            parts._replace(netloc=netloc).geturl(), None, {"User-Agent": f"c2/{VERSION}"}
+        )
+        request.method = method
+        if at:
+            pair = unquote(user if ":" in user else user + ":").encode()
+            basic = base64.b64encode(pair).decode()
+            request.add_unredirected_header("Authorization", f"Basic {basic}")
         with http_opener().open(request, timeout=HTTP_TIMEOUT_SECS) as answer:
             yield answer
     except urllib.error.HTTPError as e:
         kind = Missing if e.code in (404, 410) else C2Error
-        raise kind(f"{url}: the server says {e.code} {e.reason}") from None
+        raise kind(f"{shown}: the server says {e.code} {e.reason}") from None
+    except http.client.InvalidURL:
+        raise C2Error(
+            f"{shown} is not an address; what is odd in a user or password is written as %XX"
+        ) from None
     except (OSError, http.client.HTTPException, ValueError) as e:
-        raise C2Error(f"{url}: {getattr(e, 'reason', e)}") from None
+        raise C2Error(f"{shown}: {getattr(e, 'reason', e)}") from None
 
 
 def fetch_secret(arn: str, to: str) -> None:
@@ -3100,7 +3127,7 @@ def release_store(config: Config) -> Store:
         return Variant(kind, base.rstrip("/") + "/" + name)
 
     return Store(
-        base,
+        without_credentials(base),
         lambda: names(base),
         lambda name: exists(source(name).value),
         lambda name, to: fetch(source(name), to),
@@ -3151,7 +3178,8 @@ def s3_exists(url: str) -> bool:
 
 def http_names(base: str) -> List[str]:
     raise C2Error(
-        f"{base} is an http store, which can't be listed; look where the releases are published"
+        f"{without_credentials(base)} is an http store, which can't be listed; look where the "
+        "releases are published"
     )
 
 
@@ -3197,10 +3225,11 @@ def load_config(given: Optional[str], warn: Callable[[str], None] = say) -> Conf
     its file.
     """
     path = find_config(given)
+    shown = without_credentials(path)
     web = path.startswith(("http://", "https://"))
     extension = os.path.splitext(path.partition("?")[0] if web else path)[1]
     if extension not in (".json", ".yaml", ".yml"):
-        raise ConfigError(f"{path or '--config'}: a configuration is a .json, .yaml or .yml file")
+        raise ConfigError(f"{shown or '--config'}: a configuration is a .json, .yaml or .yml file")
     base = ""
     try:
         if path.startswith("s3://"):
@@ -3214,16 +3243,16 @@ def load_config(given: Optional[str], warn: Callable[[str], None] = say) -> Conf
             with open(path, encoding="utf-8") as f:
                 source = f.read()
     except UnicodeDecodeError:
-        raise ConfigError(f"{path} is not UTF-8 text") from None
+        raise ConfigError(f"{shown} is not UTF-8 text") from None
     except OSError as e:
-        raise ConfigError(f"the configuration {path} can't be read: {e.strerror}") from None
+        raise ConfigError(f"the configuration {shown} can't be read: {e.strerror}") from None
     except Missing as e:
-        raise ConfigError(f"the configuration {path} is not there: {e}") from None
+        raise ConfigError(f"the configuration {shown} is not there: {e}") from None
     try:
         value = parse_json(source, "the document") if extension == ".json" else parse_yaml(source)
-        return decode_config(value, base, lambda message: warn(f"warning: {path}: {message}"))
+        return decode_config(value, base, lambda message: warn(f"warning: {shown}: {message}"))
     except C2Error as e:
-        raise ConfigError(f"{path}: {e}") from None
+        raise ConfigError(f"{shown}: {e}") from None
 
 
 def cache_path(config: Config, name: str) -> str:
@@ -3239,7 +3268,8 @@ def fetch_context(host: Host, retry: bool = False) -> None:
         make_dir(config.context_cache)
         os.chmod(config.context_cache, 0o700)
     for name, source in sorted(config.config_sources.items()):
-        what, waits = f"the config source {name} ({source.value})", False
+        address = without_credentials(source.value)
+        what, waits = f"the config source {name} ({address})", False
         while True:
             try:
                 fetch(source, cache_path(config, name), what)
@@ -3254,7 +3284,7 @@ def fetch_context(host: Host, retry: bool = False) -> None:
                     host.log.info("wait", f"waiting for {what}")
                 waits = True
                 time.sleep(10)
-        host.log.info("fetch-context", f"fetched the config source {name} from {source.value}")
+        host.log.info("fetch-context", f"fetched the config source {name} from {address}")
 
 
 def load_context(host: Host) -> dict:
@@ -4351,7 +4381,7 @@ def run_certbot(host: Host) -> None:
             stderr_to_stdout=True,
         )
     except CommandFailed as e:
-        source = f" from {config.acme_server}" if config.acme_server else ""
+        source = f" from {without_credentials(config.acme_server)}" if config.acme_server else ""
         raise CommandFailed(
             f"certbot got no certificate{source}, and what is served stays as it is: "
             f"{certbot_reason(e.output) or e}",

@@ -8,6 +8,7 @@ command that begins each process; C2_REQUIRE=1, as in CI, makes a skip a failure
 the random tests of a failed run.
 """
 
+import base64
 import collections
 import contextlib
 import ctypes
@@ -2961,6 +2962,67 @@ class HttpStore(Sandbox):
             self.assertIn(words, self.c2("fetch-context", code=1).err)
             url = secure + "/http/c.json"
             self.assertIn(words, self.c2("--config", url, "status", code=1).err)
+
+    def test_user_password_and_query_are_used_and_not_shown(self):
+        config = json.dumps({"releases": {"localdir": self.path("releases")}})
+        good = {"/x.zip": self.zip(), "/a.json": '{"x": 1}', "/c.json": config}
+        seen = set()
+
+        def answer(handler):
+            kind, path = handler.path.partition("?")[0][1:].split("/", 1)
+            seen.add((handler.headers["Host"], handler.headers["Authorization"]))
+            if kind == "elsewhere" or kind == "down":
+                handler.send_response(302)
+                to = other if kind == "elsewhere" else "ftp://us3r:s3cret@127.0.0.1/?Sig=s1gned"
+                handler.send_header("Location", to + "/good/" + path + "?Sig=s1gned")
+                handler.end_headers()
+            elif kind in ("404", "500"):
+                handler.send_error(int(kind))
+            else:
+                content = good["/" + path] if kind in ("good", "short") else "{bad"
+                handler.send_response(200)
+                handler.send_header("Content-Length", str(len(content) + (kind == "short")))
+                handler.end_headers()
+                body = content if isinstance(content, bytes) else content.encode()
+                handler.command == "GET" and handler.wfile.write(body)
+
+        kinds = ("good", "elsewhere", "down", "404", "500", "short", "bad", "refused")
+        files = {"/%s%s" % (kind, name): answer for kind in kinds for name in good}
+        said, secret = "", "us3r:s3cret%40%2F@"
+        with Served(files) as url, Served(files) as other:
+            with socket.socket() as closed:
+                closed.bind(("127.0.0.1", 0))
+                port = closed.getsockname()[1]
+            for kind in kinds:
+                base = url.replace("//", "//" + secret) + "/" + kind
+                if kind == "refused":
+                    base = "http://%s127.0.0.1:%d" % (secret, port)
+                code = 0 if kind in ("good", "elsewhere") else 1
+                self.configure(releases={"http": base})
+                said += repr(self.c2("unpack", "x.zip", "out-" + kind, code=code))
+                said += repr(self.c2("list-releases", code=1))
+                self.configure(configSources={"a": {"http": base + "/a.json?Sig=s1gned"}})
+                said += repr(self.c2("fetch-context", code=code))
+                said += repr(self.c2("--config", base + "/c.json?Sig=s1gned", "status", code=None))
+            for odd in (
+                "http://us3r:s3cret@/x",
+                "http://us3r:s3cret/@h/x",
+                "http://us3r:s3?cret@h/x",
+                "http://us3r:s3#cret@h/x",
+                "http://us3r:s3cret@[/x",
+                "http://us3r:s3cret@h:x/",
+            ):
+                self.configure(configSources={"a": {"http": odd}})
+                said += repr(self.c2("fetch-context", code=None))
+            for odd in ("ftp://us3r:s3cret@h/", "http://us3r:s3cret@h/x?Sig=s1gned y"):
+                self.configure(releases={"http": odd})
+                ran = self.c2("list-releases", code=2)
+                self.assertRegex(ran.err, 'releases.http: found "(ftp|http)://h/.*, expected')
+                said += repr(ran)
+        basic = "Basic " + base64.b64encode(b"us3r:s3cret@/").decode()
+        self.assertEqual(seen, {(url[7:], basic), (other[7:], None)})
+        for word in ("us3r", "s3cret", "s1gned"):
+            self.assertNotIn(word, said + self.read("log.json"))
 
     def test_time_out(self):
         over = threading.Event()
