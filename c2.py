@@ -2414,6 +2414,20 @@ def who() -> str:
     return " ".join(printable(name).split())
 
 
+def check_log_file(path: str) -> None:
+    """ConfigError for a log that is another's to read, or that a write could wait for."""
+    import stat
+
+    with contextlib.suppress(OSError):
+        mode = os.lstat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            kind = {stat.S_IFLNK: "link", stat.S_IFIFO: "named pipe", stat.S_IFSOCK: "socket"}
+            raise ConfigError(
+                f"logFile: {path} is a {kind.get(stat.S_IFMT(mode), 'device')}; give the path of a "
+                "file, or of one that is not there yet"
+            )
+
+
 class Log:
     """The JSON log, and what is said of it to the person: one event, one line, in both."""
 
@@ -2449,7 +2463,9 @@ class Log:
         try:
             make_dir(os.path.dirname(self.path))
             with open(
-                os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644), "rb+", 0
+                os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644),
+                "rb+",
+                0,
             ) as f:
                 size = os.fstat(f.fileno()).st_size
                 torn = (
@@ -3265,8 +3281,8 @@ def fetch_context(host: Host, retry: bool = False) -> None:
     """
     config = host.config
     if config.config_sources:
-        make_dir(config.context_cache)
-        os.chmod(config.context_cache, 0o700)
+        make_dir(config.context_cache, 0o700)
+        require_private(config.context_cache)
     for name, source in sorted(config.config_sources.items()):
         address = without_credentials(source.value)
         what, waits = f"the config source {name} ({address})", False
@@ -6454,6 +6470,7 @@ def run_parsed(args: Any) -> None:
         raise ConfigError(
             "--wait waits for the machines of a fleet, but remoteStateS3 is not configured"
         )
+    check_log_file(config.log_file)
     shown = " ".join(
         [args.command]
         + [

@@ -3180,13 +3180,21 @@ class Context(Sandbox):
         )
         self.assertIn("warning: t.tpl:1: {{none}} names nothing", ran.err)
 
-    def test_a_cache_that_others_could_read_is_closed(self):
+    def test_a_directory_that_c2_has_not_made_keeps_its_mode(self):
         self.write("src/a.json", {})
-        os.mkdir(self.path("cache"))
-        os.chmod(self.path("cache"), 0o755)
-        self.configure(configSources={"a": {"file": "../src/a.json"}})
+        self.configure(
+            configSources={"a": {"file": "../src/a.json"}}, contextCache="../shared/cache"
+        )
         self.c2("fetch-context")
-        self.assertEqual(os.stat(self.path("cache")).st_mode & 0o777, 0o700)
+        for name, mode in (("shared/cache", 0o700), ("shared", 0o755)):
+            self.assertEqual(os.stat(self.path(name)).st_mode & 0o777, mode)
+        self.configure(configSources={"a": {"file": "../src/a.json"}}, contextCache="../shared")
+        self.c2("fetch-context")
+        self.assertEqual(os.stat(self.path("shared")).st_mode & 0o777, 0o755)
+        self.assertEqual(os.stat(self.path("shared", "a.json")).st_mode & 0o777, 0o600)
+        os.chmod(self.path("shared"), 0o757)
+        self.assertIn("chmod go-w " + self.path("shared"), self.c2("fetch-context", code=3).err)
+        self.assertEqual(os.stat(self.path("shared")).st_mode & 0o777, 0o757)
 
     def test_bad_sources_are_named_and_change_nothing(self):
         self.configure(configSources={"app": {"file": "../src/a.json"}})
@@ -4076,6 +4084,31 @@ class NoProxy(OneHost):
         err = self.c2("start", "a.zip").err
         self.assertEqual(err.count("can't write the log"), 1)
         self.assertEqual(self.current(), "a")
+
+    def test_a_log_that_is_no_file_is_refused_at_once(self):
+        target = self.write("target", "")
+        os.symlink(target, self.path("link"))
+        os.symlink("nowhere", self.path("dangling"))
+        os.mkfifo(self.path("fifo"))
+        os.mknod(self.path("socket"), stat.S_IFSOCK)
+        self.marked("a.zip")
+        for path, kind in (
+            (self.path("link"), "link"),
+            (self.path("dangling"), "link"),
+            (self.path("fifo"), "named pipe"),
+            (self.path("socket"), "socket"),
+            ("/dev/null", "device"),
+        ):
+            self.configure(logFile=path)
+            for line in (("start", "a.zip"), ("show-log",), ("status",)):
+                ran = self.c2(*line, code=2, timeout=10)
+                self.assertIn("logFile: %s is a %s; give the path of a" % (path, kind), ran.err)
+        self.assertEqual((self.ran(), self.read("target")), ([], ""))
+        log = c2.Log(self.path("link"), "test")  # made since it was looked at
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            log.event("info", "event", "message")
+        self.assertIn("can't write the log", said.getvalue())
+        self.assertEqual(self.read("target"), "")
 
     def test_stdout_holds_only_data(self):
         self.release("a.zip", startCommand="echo to-stdout", stopCommand="echo to-stdout")
