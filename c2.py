@@ -12,12 +12,17 @@ then the edges (files, log, programs, stores, the proxy, the executor), then the
 `main`.
 """
 
+import sys
+
+# Python's own modules only, none that lies beside c2: -I and -P leave its directory out already.
+if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
+    del sys.path[0]
+
 import contextlib
 import json
 import os
 import re
 import signal
-import sys
 import time
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
 
@@ -5121,7 +5126,8 @@ def decode_record(label: str, moment: float, source: str) -> Record:
     try:
         raw = parse_json(source, "the record")
         status = raw["status"]
-        error = "" if status == "ok" or "ok" in status else str(status["error"])
+        ok = status == "ok" or isinstance(status, dict) and "ok" in status
+        error = "" if ok else str(status["error"])
         state, problems = decode_state(raw["state"], "the record"), raw.get("problems", [])
         problems = [p for p in problems if error and isinstance(p, dict)]
     except (C2Error, KeyError, TypeError) as e:
@@ -6332,7 +6338,9 @@ def cmd_aws_docker_login_cmd(host: Host, args: Any) -> None:
     ]
     user, _, password = base64.b64decode(data[0]["authorizationToken"]).decode().partition(":")
     registry = re.sub("^https?://", "", data[0]["proxyEndpoint"])
-    emit(show_args(["docker", "login", "-u", user, "-p", password, registry]) + "\n")
+    login = show_args(["docker", "login", "-u", user, "--password-stdin", registry])
+    # printf is the shell's own, so that no list of processes shows the password.
+    emit(f"{show_args(['printf', '%s', password])} | {login}\n")
 
 
 @command("print the manual", "c2 help", host=False)

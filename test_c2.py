@@ -2935,6 +2935,7 @@ class HttpStore(Sandbox):
             hop, rest = handler.path[1:].split("/", 1)
             handler.send_response(302)
             handler.send_header("Location", "%s/%s" % (bases[hop], rest))
+            handler.send_header("Content-Length", "0")
             handler.end_headers()
 
         pair = make_certificate(self.dir, "web", ["localhost"])
@@ -3153,7 +3154,10 @@ class S3Store(Sandbox):
 
     def test_docker_login(self):
         out = self.c2("aws-docker-login-cmd").out
-        self.assertRegex(out, r"^docker login -u AWS -p \S+ [0-9]+\.dkr\.ecr\.[a-z0-9.-]+\n$")
+        words = (
+            r"printf %s \S+ \| docker login -u AWS --password-stdin [0-9]+\.dkr\.ecr\.[a-z0-9.-]+"
+        )
+        self.assertRegex(out, "^%s\n$" % words)
         self.assertIn("123456789012", self.c2("aws-docker-login-cmd", "123456789012").out)
 
 
@@ -4530,6 +4534,49 @@ class CommandLine(Sandbox):
             self.assertTrue(done.stdout.strip())
         self.assertEqual(os.listdir(place), ["c2"])
         self.assertTrue(os.access(C2, os.X_OK))
+
+    def test_modules_beside_c2_are_not_imported(self):
+        for name in ("argparse", "contextlib", "json", "re", "typing", "zipfile", "difflib"):
+            self.write("bin/%s.py" % name, "raise SystemExit('imported')")
+        os.mkdir(self.path("etc/linked"))
+        os.symlink("../../bin/c2", self.path("etc/linked/c2"))
+        self.configure()
+        for command in (
+            ["c2"],
+            ["./c2"],
+            [self.path("bin", "c2")],
+            ["../etc/linked/c2"],
+            ["-P", "c2"],
+        ):
+            if command[0] != "-P" or sys.version_info >= (3, 11):
+                for args in (["version"], ["stop", "nosuch"]):
+                    done = subprocess.run(
+                        [sys.executable] + command + args,
+                        cwd=self.path("bin"),
+                        env=dict(self.env, CAMUS2_CONFIG=self.path("etc", "camus2.json")),
+                        stdout=subprocess.PIPE,
+                        stderr=subprocess.STDOUT,
+                    )
+                    self.assertEqual(done.returncode, 0 if args == ["version"] else 3, done.stdout)
+
+    def test_a_docker_login_shows_no_password_in_a_list_of_processes(self):
+        token = base64.b64encode(b"AWS:pass'word %s").decode()
+        data = {"authorizationToken": token, "proxyEndpoint": "https://1.dkr.ecr.x.com"}
+        answer = json.dumps({"authorizationData": [data]})
+        self.write("path/aws", "#!/bin/sh\necho '%s'\n" % answer, 0o755)
+        self.write("path/docker", '#!/bin/sh\necho "$@" $(cat) >%s\n' % self.path("seen"), 0o755)
+        self.env["PATH"] = self.path("path") + ":" + os.environ["PATH"]
+        login = self.c2("aws-docker-login-cmd").out
+        self.assertEqual(login[:10], "printf %s ")
+        trace = subprocess.run(
+            ["sh", "-c", 'eval "$1"; type printf', "sh", login],
+            env=self.env,
+            stdout=subprocess.PIPE,
+        )
+        self.assertIn(b"builtin", trace.stdout)
+        self.assertEqual(
+            self.read("seen"), "login -u AWS --password-stdin 1.dkr.ecr.x.com pass'word %s\n"
+        )
 
     def test_numbers_out_of_bounds(self):
         for args in (
@@ -7248,7 +7295,14 @@ class FleetWords(unittest.TestCase):
         self.assertEqual(
             "BEHIND: lacks a, still has o, main is on nothing, other is on o", said(state=old)
         )
-        for broken in ({"state": 7}, {"status": None}, {"status": 7}, {"state": {"deploys": 7}}):
+        for broken in (
+            {"state": 7},
+            {"status": None},
+            {"status": 7},
+            {"status": "broken"},
+            {"status": ["ok"]},
+            {"state": {"deploys": 7}},
+        ):
             self.assertRegex(said(**broken), "^FAILING: the record can't be read")
         self.assertEqual("FAILING: one two", said(status={"error": "one\n  two\n"}))
         for source in ("", "7", "[]", "null", '"ok"', "{}"):
