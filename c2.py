@@ -44,6 +44,7 @@ DOCKER_TIMEOUT_SECS = 600  # `docker compose up` may have to pull an image
 HTTP_TIMEOUT_SECS = 30
 DRAINED_SECS = 0.2  # without a connection; a busy nginx has read the link, but not connected yet
 OUTPUT_LINES = 20  # of a failed command, kept in the log and the message
+RECORD_BYTES = 16 << 20  # of a slave; the one of 3000 deploys has 1 MB
 UPSTREAMS_MAX = 2000  # a wider port range goes without kept connections to the apps
 PEM_BYTES = 1 << 20
 RENEWAL_DAYS = 21  # certbot renews one of 90 days with 30 left; with fewer something is wrong
@@ -5074,7 +5075,7 @@ def check_forgotten(config: Config) -> None:
 
 class Record(NamedTuple):
     """What a slave has reported: `raw` as it is stored, its `state`, `error` and `problems`, of
-    which that is made, decoded; `moment`: Unix time.
+    which that is made, decoded; `moment`: Unix time, 0 of what no slave has written.
     """
 
     label: str
@@ -5093,6 +5094,7 @@ def read_records(config: Config, directory: str) -> List[Record]:
     """The records of all slaves, by one call of the aws CLI; `directory` keeps them, so that the
     next call only fetches what has changed.
     """
+    skipped = []  # type: List[str]
     try:
         aws(
             "s3",
@@ -5105,20 +5107,40 @@ def read_records(config: Config, directory: str) -> List[Record]:
             "*",
             "--include",
             "*/state.json",
+            "--exclude",
+            "*/state.json/*",  # a file can't have the name of a directory
             "--only-show-errors",
             timeout=600,
         )
     except Missing as e:
         if "NoSuchBucket" in str(e):
             raise  # else a record has vanished since it was listed
-    found = []
+    except CommandFailed as e:
+        skipped = re.findall(r"(?m)^warning: Skipping file (.+)\. File references a", e.output)
+        if e.exit != 2 or not skipped:
+            raise
+    found = [foreign_record(key) for key in skipped]
     for label in list_dir(directory):
-        path = os.path.join(directory, label, "state.json")
         with contextlib.suppress(OSError):
-            moment = os.stat(path).st_mtime  # sync sets it to the object's
-            with open(path, encoding="utf-8", errors="replace") as f:
-                found.append(decode_record(label, moment, f.read()))
-    return found
+            found.append(read_record(label, os.path.join(directory, label, "state.json")))
+    return sorted(found, key=lambda r: r.label)
+
+
+def foreign_record(key: str) -> Record:
+    """Stands for an object below slaves/ that no slave has written."""
+    return Record(key, 0.0, None, None, "passed over, since its name is no slave's")
+
+
+def read_record(label: str, path: str) -> Record:
+    found = os.stat(path)
+    if not re.fullmatch(LABEL, label):
+        return foreign_record(f"{label}/state.json")
+    moment = found.st_mtime  # sync sets it to the object's
+    if found.st_size > RECORD_BYTES:
+        size = f"the record has {found.st_size >> 20} MB and is not read"
+        return Record(label, moment, None, None, size)
+    with open(path, encoding="utf-8", errors="replace") as f:
+        return decode_record(label, moment, f.read())
 
 
 def decode_record(label: str, moment: float, source: str) -> Record:
@@ -5155,7 +5177,7 @@ def slave_problem(
         behind = difference(asked or asked_by(wanted, labels, config.end_points), record.state)
     if asked and not behind:
         error = "; ".join(str(p.get("message")) for p in record.problems if concerns(p, asked))
-    said = [f"STALE: not heard of for {age}"] if record.age > LIVE_SECS else []
+    said = [f"STALE: not heard of for {age}"] if record.age > LIVE_SECS and record.moment else []
     said += [f"FAILING: {error}"] if error else []
     said += [f"BEHIND: {behind}"] if behind else []
     return " ".join("; ".join(said).split())
@@ -6171,7 +6193,11 @@ def cmd_slave_flush(host: Host, args: Any) -> None:
     config = host.config
     require_remote(config, "slave-flush")
     with tempfile.TemporaryDirectory(prefix="c2-") as directory:
-        stale = [r.label for r in read_records(config, directory) if r.age > FLUSH_SECS]
+        records = read_records(config, directory)
+    stale = [r.label for r in records if r.moment and r.age > FLUSH_SECS]
+    odd = [r.label for r in records if not r.moment]
+    if odd:
+        host.log.warn("flush", f"passed over what is no slave's: {', '.join(odd)}")
     for i in range(0, len(stale), 1000):  # as many as one request takes
         urls = [remote_url(config, "slaves", name, "state.json") for name in stale[i : i + 1000]]
         keys = [{"Key": s3_object(url)[-1]} for url in urls]

@@ -6962,6 +6962,36 @@ Journal.step = strike""")
         self.assertEqual(("i-0000", state), (first["label"], first["state"]["state"]))
         self.assertRegex(first["lastModified"], "^20.*Z$")
 
+    def test_odd_objects_below_slaves_are_named_and_passed_over(self):
+        self.app("a.zip")
+        self.c2("start", "a.zip")
+        record = {"status": "ok", "state": self.master_state()}
+        odd = ["a/../../x", "..", "b/state.json", "-c", "d%1B%5B31m"]
+        for name in ["b", "c"] + odd:
+            self.put(json.dumps(record), "slaves", name, "state.json")
+        self.put("{}", "slaves", "c")
+        self.put(" " * (c2.RECORD_BYTES + 1), "slaves", "large", "state.json")
+        ran = self.c2("status", "--show-slaves")
+        lines = ran.out[ran.out.index("Slaves") :].splitlines()[1:-1]
+        foreign = "/state.json: FAILING: passed over, since its name is no slave's"
+        for name in ("a/../../x", "..", "-c", "d\\x1b[31m"):
+            self.assertIn("  %s%s" % (name, foreign), lines)
+        self.assertIn("  large: FAILING: the record has 16 MB and is not read", lines)
+        self.assertEqual(
+            [True, True], [any(re.match("  %s: ok," % n, x) for x in lines) for n in "bc"]
+        )
+        self.assertEqual(len(lines), 7)
+        plain = json.loads(self.c2("status", "--show-slaves", "--json").out)["slaves"]
+        self.assertEqual({None}, {s["state"] for s in plain if s["label"] not in ("b", "c")})
+        self.assertRegex(
+            self.c2("wait", "1", code=1).err, "1 of 3 slaves are not there yet.*large:"
+        )
+        err = self.c2("slave-flush").err
+        self.assertIn(
+            "passed over what is no slave's: -c/state.json, ../state.json, a/../../x", err
+        )
+        self.assertIn("removed 0 slave records", err)
+
     def test_flush(self):
         for name in ("old", "new"):
             self.put('{"status": "ok", "state": {}}', "slaves", name, "state.json")
