@@ -197,7 +197,16 @@ server_name = matching(
 )
 docker_name = matching(r"[A-Za-z0-9][A-Za-z0-9_.-]*", "a container name: letters, digits and _ . -")
 docker_image = matching(r"[A-Za-z0-9][A-Za-z0-9_./:@-]*", "a docker image")
-s3_url = matching(r"s3://[A-Za-z0-9][A-Za-z0-9._-]+(/.*)?", "s3://BUCKET/PREFIX")
+# The aws CLI reads an argument file://PATH from that file, and others as options.
+s3_url = matching(
+    r"s3://[A-Za-z0-9][A-Za-z0-9._-]+(/(?!-|\w+://).*)?",
+    "s3://BUCKET/PREFIX, and no PREFIX such as file:// or -x",
+)
+secret_id = matching(
+    r"(arn:[A-Za-z0-9-]+:|[A-Za-z0-9/_+=.@])[A-Za-z0-9:/_+=.@-]*(?<!:)",
+    "an ARN, or a secret's name",
+)
+aws_account = matching(r"[0-9]{12}", "an AWS account, of 12 digits")
 http_url = matching(r"https?://[^\s/?#]+\S*", "an http:// or https:// address")
 url_path = matching(r"/[A-Za-z0-9._~!*+,=:@%/?&-]*", "a path such as /health-check")
 
@@ -208,6 +217,14 @@ def file_path(value: Any, at: Location) -> str:
     if not os.path.isabs(value) and not at.base:
         raise at.expected(value, "an absolute path")
     return os.path.normpath(os.path.join(at.base, value))
+
+
+def served_path(value: Any, at: Location) -> str:
+    """A path that stands in nginx's configuration, where these end a word or begin a variable."""
+    path = file_path(value, at)
+    if re.search(r"[\s;{}\"'#$\\]", path):
+        raise at.expected(path, "a path without spaces or any of ; { } \" ' # $ \\")
+    return path
 
 
 def number(low: float, high: float, kind: Any = int) -> Callable:
@@ -336,7 +353,7 @@ class SslCert(NamedTuple):
 
 
 ssl_mode = union("generated", generated=None, explicit=record(SslCert))
-json_source = union(file=file_path, s3=s3_url, awsSecretArn=text, http=http_url)
+json_source = union(file=file_path, s3=s3_url, awsSecretArn=secret_id, http=http_url)
 
 
 class EndPoint(NamedTuple):
@@ -386,7 +403,7 @@ class Config(NamedTuple):
     nginx_docker_image: docker_image = "nginx"
     nginx_docker_version: docker_image = "latest"
     letsencrypt_prefix_dir: file_path = "/opt"
-    letsencrypt_www_dir: file_path = "/opt/var/www"
+    letsencrypt_www_dir: served_path = "/opt/var/www"
     auto_cert_name: label = "camus2cert"
     auto_cert_contact_email: text = ""
     certbot_docker_image: docker_image = "certbot/certbot"
@@ -6358,7 +6375,9 @@ def cmd_generate_ssl_certificate(host: Host, args: Any) -> None:
 def cmd_aws_docker_login_cmd(host: Host, args: Any) -> None:
     import base64
 
-    ids = ["--registry-ids", args.registry_id] if args.registry_id else []
+    ids = []
+    if args.registry_id:
+        ids = ["--registry-ids", aws_account(args.registry_id, Location("REGISTRY_ID", "", say))]
     data = json.loads(aws("ecr", "get-authorization-token", *ids, "--output", "json"))[
         "authorizationData"
     ]

@@ -1941,6 +1941,59 @@ class ConfigurationCases(unittest.TestCase):
                     str(caught.exception).startswith(words[0].split(":")[0]), caught.exception
                 )
 
+    def test_nothing_ends_a_directive_of_nginx_or_is_a_file_or_an_option_to_the_aws_cli(self):
+        for char in " \t;{}\"'#$\\":
+            with self.assertRaisesRegex(c2.ConfigError, "letsencryptWwwDir: found .* expected a"):
+                decoded({"releases": {"localdir": "/r"}, "letsencryptWwwDir": "/srv/w%sw" % char})
+        with self.assertRaisesRegex(
+            c2.ConfigError, "letsencryptWwwDir: found ./etc/my c2/www., exp"
+        ):
+            decoded({"releases": {"localdir": "/r"}, "letsencryptWwwDir": "www"}, "/etc/my c2")
+        found, _ = decoded({"releases": {"localdir": "/r"}, "letsencryptWwwDir": "/w,@~%+=-_.:(1)"})
+        self.assertEqual(found.letsencrypt_www_dir, "/w,@~%+=-_.:(1)")
+        arn = (
+            "arn:aws-us-gov:secretsmanager:us-gov-west-1:123456789012:secret:prod/db_+=.@-x-AbCdEf"
+        )
+        for name, fine in (
+            (arn, True),
+            ("prod/db_+=.@-x", True),
+            ("p", True),
+            ("/prod/db", True),
+            ("file:///etc/shadow", False),
+            ("fileb://x", False),
+            ("https://x/", False),
+            ("--version", False),
+            ("-x", False),
+            ("a b", False),
+            ("", False),
+            ("@\nx", False),
+        ):
+            value = {"releases": {"localdir": "/r"}, "configSources": {"a": {"awsSecretArn": name}}}
+            if fine:
+                self.assertEqual(decoded(value)[0].config_sources["a"].value, name)
+            else:
+                with self.assertRaisesRegex(c2.ConfigError, "awsSecretArn: found .*expected a"):
+                    decoded(value)
+        for url, fine in (
+            ("s3://bkt", True),
+            ("s3://bkt/", True),
+            ("s3://bkt/a b/-x", True),
+            ("s3://bkt//file://x", True),
+            ("s3://bkt/file:///etc", False),
+            ("s3://bkt/fileb://x", False),
+            ("s3://bkt/https://x", False),
+            ("s3://bkt/-x", False),
+        ):
+            for value in ({"releases": {"s3": url}}, proxied(remoteStateS3=url)):
+                if fine:
+                    decoded(value)
+                else:
+                    with self.assertRaisesRegex(c2.ConfigError, "expected s3://BUCKET/PREFIX, and"):
+                        decoded(value)
+        for account in ("file:///etc/passwd", "x", "1" * 11, "--debug"):
+            with self.assertRaises(c2.ConfigError), mock.patch.object(c2, "aws", self.fail):
+                c2.cmd_aws_docker_login_cmd(None, mock.Mock(registry_id=account))
+
     def test_a_long_value_is_shown_short(self):
         with self.assertRaises(c2.ConfigError) as caught:
             decoded({"releases": {"s3": "x" * 9999}})
