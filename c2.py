@@ -4561,8 +4561,8 @@ def execute(host: Host, journal: Journal, action: Any, state: State) -> None:
 
 
 def launch(host: Host, journal: Journal, deploy: Deploy, old: Optional[Deploy]) -> None:
-    """Prepare a deploy in staging; only then stop `old`, move the new one into its place and start
-    it.
+    """Prepare a deploy, and only then stop `old` and start it. Paths that prestart writes down stay
+    true: it runs in the deploy's place, and in staging only where `old` still runs from there.
     """
     config = host.config
     if old:
@@ -4571,32 +4571,27 @@ def launch(host: Host, journal: Journal, deploy: Deploy, old: Optional[Deploy]) 
     staging, place = config.path(".staging", deploy.label), config.path(deploy.label)
     make_dir(config.path(".staging"), 0o711)
     remove(config.path(".old", deploy.label))
-    replaced = bool(old) and old.label == deploy.label
-    if not replaced:
+    in_use = bool(old) and old.label == deploy.label
+    if not in_use:
         remove(output_path(config, deploy.label))
     fetch_context(host)
     release = prepare_release(host, deploy.release, staging, deploy_context(host, deploy))
     if release.prestart_command.strip():
         check_project(host, deploy, staging, quiet=True)
-    run_command(host, journal, deploy, "prestart", staging)  # which may write the compose file
-    check_project(host, deploy, staging)
-    whole = bool(config.proxy) and replaced
-    if not whole:
-        compare_trees(staging, place)  # before anything is stopped
-    stopped = True
-    if old:
-        journal.step("stop-old", stopped=False)
-        try:
-            run_command(host, journal, old, "stop", config.path(old.label))
-        except C2Error as e:
-            stopped = False
-            host.log.warn(
-                "stop-failed",
-                f"{e}; going on with the start of {deploy.label}",
-                deploy=old.label,
-                output=e.output,
-            )
-    stderr_to_stdout(host, journal, deploy, whole, stopped)
+    if in_use:
+        run_command(host, journal, deploy, "prestart", staging)  # which may write the compose file
+        check_project(host, deploy, staging)
+        if not config.proxy:
+            compare_trees(staging, place)  # before anything is stopped
+        stop_old(host, journal, old, deploy)
+        merge_into_place(host, journal, deploy, whole=bool(config.proxy))
+    else:
+        merge_into_place(host, journal, deploy)
+        journal.step("prestart")
+        run_command(host, journal, deploy, "prestart", place)
+        check_project(host, deploy, place)
+        if old:
+            stop_old(host, journal, old, deploy)
     if not config.proxy:
         replace_link(config.path("current"), deploy.label)
     journal.step("start")
@@ -4604,9 +4599,22 @@ def launch(host: Host, journal: Journal, deploy: Deploy, old: Optional[Deploy]) 
     journal.step("done")
 
 
-def stderr_to_stdout(
-    host: Host, journal: Journal, deploy: Deploy, whole: bool, stopped: bool
-) -> None:
+def stop_old(host: Host, journal: Journal, old: Deploy, deploy: Deploy) -> None:
+    """Stop the deploy that another takes over from; its failure does not hold that one up."""
+    journal.step("stop-old", stopped=False)
+    try:
+        run_command(host, journal, old, "stop", host.config.path(old.label))
+        journal.step("stop-old", stopped=True)
+    except C2Error as e:
+        host.log.warn(
+            "stop-failed",
+            f"{e}; going on with the start of {deploy.label}",
+            deploy=old.label,
+            output=e.output,
+        )
+
+
+def merge_into_place(host: Host, journal: Journal, deploy: Deploy, whole: bool = False) -> None:
     """Move what staging holds into the deploy's place. What is there already, data say, stays where
     it is, unless the place is replaced as a whole; what has to give way lies in .old until the end.
     """
@@ -4617,7 +4625,7 @@ def stderr_to_stdout(
         shown = ", ".join(at[1:] for at in kept[:5]) + ", …" * (len(kept) > 5)
         message = f"{label}: kept what {deploy.release} does not contain: {shown}"
         host.log.info("kept", message, deploy=label)
-    journal.step("swap", stopped=stopped, fresh=fresh, common=common)
+    journal.step("swap", fresh=fresh, common=common)
     make_dir(config.path(".old"), 0o700)
     for at in common:
         make_dir(os.path.dirname(aside + at))
@@ -4626,7 +4634,7 @@ def stderr_to_stdout(
         os.rename(staging + at, place + at)
 
 
-def undo_merge(host: Host, journal: Journal, deploy: Deploy) -> None:
+def take_out_of_place(host: Host, journal: Journal, deploy: Deploy) -> None:
     """Take the release's files out of its place, and put back what gave way; however often."""
     place, aside = host.config.path(deploy.label), host.config.path(".old", deploy.label)
     for at in journal.record["fresh"]:
@@ -4656,7 +4664,6 @@ def deploy_context(host: Host, deploy: Deploy) -> dict:
 def roll_back_start(host: Host, journal: Journal, deploy: Deploy, old: Optional[Deploy]) -> None:
     """Take back an unfinished start, from whatever step it was in, and start `old` again."""
     config, place = host.config, host.config.path(deploy.label)
-    stopped = journal.record.get("stopped")
     brief = host._replace(
         command_timeout=min(host.command_timeout or UNDO_STOP_SECS, UNDO_STOP_SECS)
     )
@@ -4666,16 +4673,13 @@ def roll_back_start(host: Host, journal: Journal, deploy: Deploy, old: Optional[
         except (C2Error, OSError) as e:
             host.log.warn("undo", f"{e}; something of it may be left running", deploy=deploy.label)
         journal.step("swap")
-    if journal.record["step"] == "swap":
-        undo_merge(host, journal, deploy)
+    if "fresh" in journal.record:
+        take_out_of_place(host, journal, deploy)
         if read_link(config.path("current")) == deploy.label:
             replace_link(config.path("current"), old.label if old else None)
-        journal.step("stop-old", stopped=False, fresh=[], common=[])
-    if (
-        journal.record["step"] == "stop-old"
-        and old
-        and host_state(config).deploys.get(old.label) == old
-    ):
+    stopped = journal.record.get("stopped")
+    if stopped is not None and old and host_state(config).deploys.get(old.label) == old:
+        journal.step("start-old", stopped=False, fresh=[], common=[])
         if not stopped:  # or nobody knows
             with contextlib.suppress(C2Error, OSError):
                 run_command(brief, journal, old, "stop", config.path(old.label))

@@ -3720,7 +3720,7 @@ MARKED = {
     "readlink ../current > ../../%s.current" % (kind, kind)
     for kind in ("start", "stop")
 }
-MARKED["prestartCommand"] = "echo prestart $C2_DEPLOY >> ../../../ran"
+MARKED["prestartCommand"] = 'echo prestart $C2_DEPLOY >> "${PWD%%/deploys/*}/ran"'
 
 
 class OneHost(Sandbox):
@@ -3892,7 +3892,7 @@ class NoProxy(OneHost):
             self.fill()
         before = self.snapshot()[0]
         bad = "echo more > data/wal; echo more > journal; rm version; exit 9"
-        for version in self.versions("new", startCommand=bad, prestartCommand="mkdir cache"):
+        for version in self.versions("new", startCommand=bad, prestartCommand="mkdir -p cache"):
             for steps in ([], [("stop", "a")]):
                 for step in steps:
                     self.c2(*step)
@@ -3974,7 +3974,7 @@ class NoProxy(OneHost):
             self.read("seen").splitlines(),
             ["C2_RELEASE=a.zip", "C2_DEPLOY=a", self.path("deploys", "a"), "0027"],
         )
-        self.assertIn("\n%s\nout\nerr\n" % self.path("deploys", ".staging", "a"), ran.err)
+        self.assertIn("\n%s\nout\nerr\n" % self.path("deploys", "a"), ran.err)
         output = self.path("deploys", "frontend-proxy", "output", "a.log")
         self.assertEqual(os.stat(output).st_mode & 0o777, 0o600)
         for path in ("deploys", "deploys/a", "deploys/frontend-proxy"):
@@ -4012,6 +4012,23 @@ class NoProxy(OneHost):
             ran.err,
         )
         subprocess.check_call(["sh", "-c", mend])
+
+    def test_prestart_runs_where_the_release_will_run_unless_it_runs_there(self):
+        for name in "a.zip", "b.zip":
+            self.release(
+                name, prestartCommand="pwd > made", startCommand='[ "$PWD" = "$(cat made)" ]'
+            )
+        for line in (
+            ("start", "a.zip"),
+            ("start", "b.zip"),
+            ("start", "a.zip"),
+            ("stop", "a"),
+            ("start", "a.zip"),
+        ):
+            self.c2(*line)
+        self.release("a.zip", prestartCommand="pwd > made")
+        self.c2("start", "a.zip")
+        self.assertEqual(self.path("deploys/.staging/a\n"), self.read("deploys", "a", "made"))
 
     def test_umask(self):
         self.release("a.zip", {"d/e": "x", "t.tpl": "y"}, templates=["t.tpl"])
@@ -4272,7 +4289,7 @@ class Merging(unittest.TestCase):
             return rename(*args)
 
         with mock.patch.object(os, "rename", interrupted), contextlib.suppress(KeyboardInterrupt):
-            c2.stderr_to_stdout(host, c2.new_journal(host, c2.Create(one)), one, False, True)
+            c2.stderr_to_stdout(host, c2.new_journal(host, c2.Create(one)), one)
         if left[0] > 0:
             self.assertEqual(dict(old, **new), self.look(config.path("x")))
         journal = c2.read_journal(config.proxy_path("journal.json"))
@@ -4333,6 +4350,16 @@ class NoProxyFailures(OneHost):
         self.release("source.zip")
         self.configure(configSources={"app": {"file": "nowhere.json"}})
         self.fails("config source app is not there", "start", "source.zip")
+
+    def test_a_failing_prestart_leaves_an_earlier_deploy_as_it_was(self):
+        self.marked("x.zip")
+        self.c2("start", "x.zip")
+        self.write("deploys/x/data/db", "precious")
+        self.c2("start", "good.zip")
+        self.ran()
+        self.before = self.snapshot()
+        self.release("x.zip", {"data/new": "x", "more/new": "x"}, prestartCommand="exit 3")
+        self.fails("the prestart command", "start", "x.zip")
 
     def test_failing_start(self):
         self.marked("bad.zip", startCommand="echo starting; exit 9")
@@ -4454,6 +4481,22 @@ class NoProxyFailures(OneHost):
         self.assertEqual((self.ran(), self.current()), (["prestart y", "start x x.zip"], "x"))
         self.c2("stop", "x")
 
+    def test_an_undo_that_was_cut_short_in_the_start_of_the_old_release_begins_with_its_stop(self):
+        self.marked("x.zip")
+        self.c2("start", "x.zip")
+        once = "[ -e ../../once ] || { touch ../../once; exit 9; }; "
+        keys = dict(MARKED, startCommand=once + MARKED["startCommand"])
+        self.write("deploys/x/release.json", keys)
+        self.ran()
+        config = c2.load_config(self.path("etc", "camus2.json"))
+        host = c2.Host(config, c2.Log(config.log_file, "x"))
+        journal = c2.new_journal(host, c2.Replace(deploy("x", port=0), deploy("y", port=0)))
+        journal.step("stop-old", stopped=True, fresh=["/new"], common=[])
+        with contextlib.redirect_stderr(io.StringIO()):
+            self.assertRaises(c2.CommandFailed, c2.undo, host, journal)
+            c2.undo(host, c2.read_journal(journal.path))
+        self.assertEqual(["stop x x.zip", "start x x.zip"], self.ran())
+
     def test_a_stop_that_hangs_does_not_hang_the_undo(self):
         self.marked("x.zip", stopCommand=self.front())
         self.c2("start", "x.zip")
@@ -4462,7 +4505,7 @@ class NoProxyFailures(OneHost):
         host = c2.Host(config, c2.Log(config.log_file, "x"))
         old, new = deploy("x", port=0), deploy("y", port=0)
         journal = c2.new_journal(host, c2.Replace(old, new))
-        journal.step("stop-old")
+        journal.step("stop-old", stopped=False)
         with mock.patch.object(c2, "UNDO_STOP_SECS", 0.3), contextlib.redirect_stderr(
             io.StringIO()
         ):
@@ -6670,6 +6713,7 @@ Journal.step = strike""")
         steps = (
             "Create prepare",
             "Create swap",
+            "Create prestart",
             "Create start",
             "Create done",
             "Connect switch",
