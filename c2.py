@@ -2549,7 +2549,7 @@ def is_alive(process: dict) -> bool:
     """Whether the process of this identity, which a file may have got wrong, still runs."""
     pid = process["pid"]
     ours = isinstance(pid, int) and pid > 1 and process["boot"] == boot_id()
-    return ours and process["start"] == start_time(pid)
+    return ours and process["start"] == start_time(pid) != ""
 
 
 def group_alive(group: int) -> bool:
