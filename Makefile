@@ -26,9 +26,10 @@ coverage: bed  ## print the lines of c2.py that no test runs, beside real servic
 bed:         ## install these services, and the linters
 	.ci/bed.sh install
 
-lint:        ## check style and the Python 3.6 floor (needs make bed)
+lint:        ## check style, types and the Python 3.6 floor (needs make bed)
 	.ci/bed.sh tools ruff check
 	.ci/bed.sh tools ruff format --check
+	.ci/bed.sh tools mypy c2.py
 	.ci/bed.sh tools vermin -t=3.6- --violations --no-tips c2.py test_c2.py
 
 demo:        ## deploy, break and roll back without a proxy

@@ -24,16 +24,33 @@ import os
 import re
 import signal
 import time
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
+from types import MappingProxyType
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+    Union,
+)
 
 VERSION = "0.1.0"
+Decoder = Callable[[Any, "Location"], Any]
 
 # --------------------------------------------------------------------------------------------------
 # Constants and errors
 # --------------------------------------------------------------------------------------------------
 
 LABEL = r"[A-Za-z0-9][A-Za-z0-9._+-]*"
-RESERVED_LABELS = ("current", "frontend-proxy")
+CURRENT = "current"  # the link to the release that runs without the proxy
+RESERVED_LABELS = (CURRENT, "frontend-proxy")
 COMPOSE_FILES = ("compose.yaml", "compose.yml", "docker-compose.yaml", "docker-compose.yml")
 HINT_AFTER_SECS = 10  # a start command that runs longer than this is probably not meant to
 END_GRACE_SECS = 12  # between SIGTERM and SIGKILL; docker compose itself gives its containers 10
@@ -66,7 +83,9 @@ class C2Error(Exception):
     Of a program that failed, `exit` is the exit code and `output` what it said last.
     """
 
-    code, exit, output = 1, None, ""
+    code = 1
+    exit: Optional[int] = None
+    output = ""
 
 
 class ConfigError(C2Error):
@@ -107,14 +126,13 @@ class Interrupted(BaseException):
         self.signum = signum
 
 
-def nearest(name: str, known: List[str]) -> str:
-    """The end of a sentence that suggests the known name which `name` was meant to be, if there is
-    one.
-    """
+def nearest(name: str, known: Iterable[str]) -> str:
+    """End a sentence with the known name that `name` may have been meant to be, if there is one."""
     import difflib
 
-    found = difflib.get_close_matches(name.lower(), [k.lower() for k in known], 1, 0.6)
-    return next((f"; did you mean {k}?" for k in known if found and k.lower() == found[0]), "")
+    lowered = {k.lower(): k for k in known}
+    close = difflib.get_close_matches(name.lower(), lowered, 1, 0.6)
+    return f"; did you mean {lowered[close[0]]}?" if close else ""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -133,295 +151,354 @@ def without_credentials(text: str) -> str:
 
 
 class Location(NamedTuple):
-    """Where a value stands in its document: `path` for messages, `base` for relative paths ("":
-    none).
-    """
+    """Where a value stands in its document."""
 
-    path: str
-    base: str
-    warn: Callable[[str], None]
+    path: str  # for messages
+    base: str = ""  # what relative paths start from; without it they are refused
+    warn: Callable[[str], None] = lambda message: None
+    strict: bool = True  # an unknown key is an error, not left to whoever wrote it
 
-    def child(self, name: Any) -> "Location":
-        name = name if str(name).isprintable() else json.dumps(name)
-        return self._replace(path=f"{self.path}.{name}" if self.path else str(name))
+    def child(self, name: object) -> "Location":
+        key = str(name) if str(name).isprintable() else json.dumps(name)
+        return self._replace(path=f"{self.path}.{key}" if self.path else key)
 
-    def expected(self, value: Any, allowed: str) -> ConfigError:
-        shown = without_credentials(json.dumps(value, ensure_ascii=False, default=str))
-        shown = shown if len(shown) <= 60 else shown[:57] + "..."
-        return ConfigError(f"{self.path or 'the document'}: found {shown}, expected {allowed}")
-
-
-class Variant(NamedTuple):
-    """One case of a union."""
-
-    name: str
-    value: Any = None
+    def expected(self, value: object, allowed: str) -> ConfigError:
+        printed = without_credentials(json.dumps(value, ensure_ascii=False, default=str))
+        if len(printed) > 60:
+            printed = printed[:57] + "..."
+        return ConfigError(f"{self.path or 'the document'}: found {printed}, expected {allowed}")
 
 
 # Spellings that older configurations use.
 ALIASES = {"releasesDir": "deploysDir", "S3": "s3"}
+EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
-def text(value: Any, at: Location) -> str:
-    if not isinstance(value, str):
-        raise at.expected(
-            value, "a string" + (" (put it in quotes)" if isinstance(value, (int, float)) else "")
-        )
-    if re.search(r"[\x00-\x1f\x7f]", value):
-        raise at.expected(value, "a string without control characters")
-    return value
-
-
-def script(value: Any, at: Location) -> str:
-    if not isinstance(value, str) or "\0" in value:
-        raise at.expected(value, "a string with shell commands")
-    return value
-
-
-def matching(pattern: str, allowed: str) -> Callable:
-    def decode(value: Any, at: Location) -> str:
-        if not re.fullmatch(pattern, text(value, at)):
-            raise at.expected(value, allowed)
-        return value
-
-    return decode
-
-
-label = matching(LABEL, "a label: letters, digits and . _ + -, beginning with a letter or digit")
-release_name = matching(
-    r"[^/.\s-][^/\s]*", "a file name without / and spaces, not beginning with . or -"
-)
-source_name = matching(r"[A-Za-z0-9_][A-Za-z0-9_-]*", "a name of letters, digits, _ and -")
-server_name = matching(
-    r"_|(\*\.|\.)?[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?(\.\*)?", "a host name"
-)
-docker_name = matching(r"[A-Za-z0-9][A-Za-z0-9_.-]*", "a container name: letters, digits and _ . -")
-docker_image = matching(r"[A-Za-z0-9][A-Za-z0-9_./:@-]*", "a docker image")
-# The aws CLI reads an argument file://PATH from that file, and others as options.
-s3_url = matching(
-    r"s3://[A-Za-z0-9][A-Za-z0-9._-]+(/(?!-|\w+://).*)?",
-    "s3://BUCKET/PREFIX, and no PREFIX such as file:// or -x",
-)
-secret_id = matching(
-    r"(arn:[A-Za-z0-9-]+:|[A-Za-z0-9/_+=.@])[A-Za-z0-9:/_+=.@-]*(?<!:)",
-    "an ARN, or a secret's name",
-)
-aws_account = matching(r"[0-9]{12}", "an AWS account, of 12 digits")
-http_url = matching(r"https?://[^\s/?#]+\S*", "an http:// or https:// address")
-url_path = matching(r"/[A-Za-z0-9._~!*+,=:@%/?&-]*", "a path such as /health-check")
-
-
-def file_path(value: Any, at: Location) -> str:
-    if not text(value, at):
-        raise at.expected(value, "a path")
-    if not os.path.isabs(value) and not at.base:
-        raise at.expected(value, "an absolute path")
-    return os.path.normpath(os.path.join(at.base, value))
-
-
-def served_path(value: Any, at: Location) -> str:
-    """A path that stands in nginx's configuration, where these end a word or begin a variable."""
-    path = file_path(value, at)
-    if re.search(r"[\s;{}\"'#$\\]", path):
-        raise at.expected(path, "a path without spaces or any of ; { } \" ' # $ \\")
-    return path
-
-
-def number(low: float, high: float, kind: Any = int) -> Callable:
-    def decode(value: Any, at: Location) -> float:
-        if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
-            raise at.expected(value, f"a number from {low} to {high}")
-        return value
-
-    return decode
-
-
-port_number = number(1, 65535)
-seconds = number(0, 86400, (int, float))
-
-
-def optional(decoder: Callable) -> Callable:
-    def decode(value: Any, at: Location) -> Any:
-        if value in (None, "nothing", {"nothing": None}):
-            return None
-        if isinstance(value, dict) and list(value) == ["just"]:
-            return decoder(value["just"], at.child("just"))
-        return decoder(value, at)
-
-    return decode
-
-
-def listing(decoder: Callable, least: int = 0) -> Callable:
-    def decode(value: Any, at: Location) -> list:
-        if not isinstance(value, list) or len(value) < least:
-            raise at.expected(
-                value, "a list" + (f" with at least {least} element" if least else "")
-            )
-        return [decoder(item, at.child(i)) for i, item in enumerate(value)]
-
-    return decode
-
-
-def mapping(key: Callable, decoder: Callable) -> Callable:
-    def decode(value: Any, at: Location) -> dict:
+def decode(kind: Any, value: Any, at: Location) -> Any:
+    """Decode by an annotation: a record, an Optional, Sequence or Mapping of such, or a decoder."""
+    if hasattr(kind, "_fields"):
+        return decode_object(kind, value, at)
+    inner: Tuple[Any, ...] = getattr(kind, "__args__", ())
+    if type(None) in inner:
+        return decode_optional(inner[0], value, at)
+    if len(inner) == 1:
+        if not isinstance(value, list):
+            raise at.expected(value, "a list")
+        return [decode(inner[0], item, at.child(i)) for i, item in enumerate(value)]
+    if len(inner) == 2:
         if not isinstance(value, dict):
             raise at.expected(value, "an object")
-        return {key(k, at.child(k)): decoder(v, at.child(k)) for k, v in value.items()}
+        return {
+            decode(inner[0], key, at.child(key)): decode(inner[1], item, at.child(key))
+            for key, item in value.items()
+        }
+    return kind(value, at)
 
-    return decode
 
-
-def union(default: Optional[str] = None, **cases: Optional[Callable]) -> Callable:
-    """Decoder of one of `cases`: NAME, {NAME: null} or {NAME: VALUE}; without decoder it takes no
-    value.
-    """
-
-    def decode(value: Any, at: Location) -> Variant:
-        given = default if value is None else value
-        given = {given: None} if isinstance(given, str) else given
-        if not isinstance(given, dict) or len(given) != 1:
-            raise at.expected(value, "one of " + ", ".join(cases))
-        ((name, inner),) = given.items()
-        name = ALIASES.get(name, name)
-        if name not in cases:
-            raise at.expected(value, "one of " + ", ".join(cases) + nearest(name, list(cases)))
-        decoder = cases[name]
-        if decoder:
-            return Variant(name, decoder(inner, at.child(name)))
-        if inner not in (None, {}):
-            raise at.expected(value, f'"{name}", which takes no value')
-        return Variant(name)
-
-    return decode
+def decode_optional(kind: Any, value: Any, at: Location) -> Any:
+    if value in (None, "nothing", {"nothing": None}):
+        return None
+    if isinstance(value, dict) and list(value) == ["just"]:
+        return decode(kind, value["just"], at.child("just"))
+    return decode(kind, value, at)
 
 
 def camel(field: str) -> str:
     return re.sub("_(.)", lambda m: m.group(1).upper(), field)
 
 
-def record(cls: Any, strict: bool = True) -> Callable:
-    """Decoder of an object into the NamedTuple `cls`, whose annotations are the decoders of its
-    fields.
-
-    An unknown key is an error that suggests the nearest; with strict=False it is left to whoever
-    wrote it.
-    """
+def decode_object(cls: Any, value: Any, at: Location) -> Any:
+    """Decode an object into the NamedTuple `cls`, a key into the field of its name."""
+    if not isinstance(value, dict):
+        raise at.expected(value, "an object")
     fields = {camel(field): field for field in cls._fields}
-
-    def decode(value: Any, at: Location) -> Any:
-        if not isinstance(value, dict):
-            raise at.expected(value, "an object")
-        found = {}
-        for key, inner in value.items():
-            field = fields.get(ALIASES.get(key, key))
-            if field in found:
+    decoded: Dict[str, Any] = {}
+    for key, inner in value.items():
+        name: str = ALIASES.get(key) or key
+        field = fields.get(name)
+        if field:
+            if field in decoded:
                 raise at.child(key).expected(inner, f"this key once, not also as {camel(field)}")
-            if field:
-                found[field] = cls.__annotations__[field](inner, at.child(key))
-            elif key in getattr(cls, "obsolete", ()):
-                at.warn(f"{at.child(key).path} has no effect any more; remove it")
-            elif strict:
-                raise ConfigError(
-                    f"{at.child(key).path}: unknown key"
-                    + (nearest(key, list(fields)) or f"; known here: {', '.join(fields)}")
-                )
-        for name, field in fields.items():
-            if field not in found and field not in cls._field_defaults:
-                raise ConfigError(f"{at.child(name).path}: required, but not there")
-        return cls(**found)
+            decoded[field] = decode(cls.__annotations__[field], inner, at.child(key))
+        elif cls is EndPoint and key == "label":  # as old configurations have it
+            at.warn(f"{at.child(key).path} has no effect any more; remove it")
+        elif at.strict:
+            raise ConfigError(
+                f"{at.child(key).path}: unknown key"
+                + (nearest(key, fields) or f"; known here: {', '.join(fields)}")
+            )
+    for key, field in fields.items():
+        if field not in decoded and field not in cls._field_defaults:
+            raise ConfigError(f"{at.child(key).path}: required, but not there")
+    return cls(**decoded)
 
-    return decode
+
+def decode_union(value: Any, at: Location, cases: Dict[str, Any]) -> Tuple[str, Any]:
+    """Return the case and its value: of NAME, {NAME: null} or {NAME: VALUE}.
+
+    A case without a decoder takes no value.
+    """
+    given: Any = {value: None} if isinstance(value, str) else value
+    if not isinstance(given, dict) or len(given) != 1:
+        raise at.expected(value, "one of " + ", ".join(cases))
+    ((key, inner),) = given.items()
+    name: str = ALIASES.get(key) or key
+    if name not in cases:
+        raise at.expected(value, "one of " + ", ".join(cases) + nearest(name, cases))
+    if cases[name]:
+        return name, decode(cases[name], inner, at.child(name))
+    if inner not in (None, {}):
+        raise at.expected(value, f'"{name}", which takes no value')
+    return name, None
+
+
+def decode_text(value: Any, at: Location) -> str:
+    if not isinstance(value, str):
+        quotes = " (put it in quotes)" if isinstance(value, (int, float)) else ""
+        raise at.expected(value, f"a string{quotes}")
+    if re.search(r"[\x00-\x1f\x7f]", value):
+        raise at.expected(value, "a string without control characters")
+    return value
+
+
+def decode_script(value: Any, at: Location) -> str:
+    if not isinstance(value, str) or "\0" in value:
+        raise at.expected(value, "a string with shell commands")
+    return value
+
+
+def decode_path(value: Any, at: Location) -> str:
+    if not decode_text(value, at):
+        raise at.expected(value, "a path")
+    if not os.path.isabs(value) and not at.base:
+        raise at.expected(value, "an absolute path")
+    return os.path.normpath(os.path.join(at.base, value))
+
+
+def decode_served_path(value: Any, at: Location) -> str:
+    """Decode a path in nginx's configuration, where these end a word or begin a variable."""
+    path = decode_path(value, at)
+    if re.search(r"[\s;{}\"'#$\\]", path):
+        raise at.expected(path, "a path without spaces or any of ; { } \" ' # $ \\")
+    return path
+
+
+def matching(pattern: str, allowed: str) -> Decoder:
+    def decode_matching(value: Any, at: Location) -> str:
+        if not re.fullmatch(pattern, decode_text(value, at)):
+            raise at.expected(value, allowed)
+        return value
+
+    return decode_matching
+
+
+def number(low: float, high: float, kind: Any = int) -> Decoder:
+    def decode_number(value: Any, at: Location) -> float:
+        if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
+            raise at.expected(value, f"a number from {low} to {high}")
+        return value
+
+    return decode_number
+
+
+def variant(**cases: Any) -> Decoder:
+    def decode_variant(value: Any, at: Location) -> Variant:
+        name, inner = decode_union(value, at, cases)
+        return Variant(name, inner or "")
+
+    return decode_variant
+
+
+def decode_ports(value: Any, at: Location) -> "PortRange":
+    if isinstance(value, list) and len(value) == 2:
+        value = {"v1": value[0], "v2": value[1]}
+    ports = decode(PortRange, value, at)
+    if ports.v1 >= ports.v2:
+        raise at.expected(value, "v1 below v2: the ports are v1 <= port < v2")
+    return ports
+
+
+def decode_etype(value: Any, at: Location) -> "Optional[CertificateSource]":
+    cases = {"httpOnly": None, "httpsWithRedirect": decode_certificate_source}
+    return decode_union(value, at, cases)[1]
+
+
+def decode_certificate_source(value: Any, at: Location) -> "CertificateSource":
+    cases = {"generated": None, "explicit": SslCert}
+    return CertificateSource(decode_union(value or "generated", at, cases)[1])
+
+
+def decode_mode(value: Any, at: Location) -> "Optional[ProxyMode]":
+    return decode_union(value, at, {"noproxy": None, "proxy": ProxyMode})[1]
+
+
+class Variant(NamedTuple):
+    """One of several kinds, as {s3: URL}; `value` is "" of a kind that takes none."""
+
+    name: str
+    value: str = ""
+
+
+if TYPE_CHECKING:  # for checkers and editors a plain type, at run time the decoder
+    Text = str
+    Script = str
+    FilePath = str
+    ServedPath = str
+    Label = str
+    ReleaseName = str
+    SourceName = str
+    ServerName = str
+    DockerName = str
+    DockerImage = str
+    S3Url = str
+    SecretId = str
+    AwsAccount = str
+    HttpUrl = str
+    UrlPath = str
+    Port = int
+    DeployPort = int
+    RangeEnd = int
+    Seconds = float
+    ReleaseSource = Variant
+    ConfigSource = Variant
+    SlaveLabel = Variant
+    Ports = Union["PortRange"]
+    Etype = Optional["CertificateSource"]
+    DeployMode = Optional["ProxyMode"]
+else:
+    Text = decode_text
+    Script = decode_script
+    FilePath = decode_path
+    ServedPath = decode_served_path
+    Label = matching(
+        LABEL, "a label: letters, digits and . _ + -, beginning with a letter or digit"
+    )
+    ReleaseName = matching(
+        r"[^/.\s-][^/\s]*", "a file name without / and spaces, not beginning with . or -"
+    )
+    SourceName = matching(r"[A-Za-z0-9_][A-Za-z0-9_-]*", "a name of letters, digits, _ and -")
+    ServerName = matching(
+        r"_|(\*\.|\.)?[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?(\.\*)?", "a host name"
+    )
+    DockerName = matching(
+        r"[A-Za-z0-9][A-Za-z0-9_.-]*", "a container name: letters, digits and _ . -"
+    )
+    DockerImage = matching(r"[A-Za-z0-9][A-Za-z0-9_./:@-]*", "a docker image")
+    # The aws CLI reads an argument file://PATH from that file, and others as options.
+    S3Url = matching(
+        r"s3://[A-Za-z0-9][A-Za-z0-9._-]+(/(?!-|\w+://).*)?",
+        "s3://BUCKET/PREFIX, and no PREFIX such as file:// or -x",
+    )
+    SecretId = matching(
+        r"(arn:[A-Za-z0-9-]+:|[A-Za-z0-9/_+=.@])[A-Za-z0-9:/_+=.@-]*(?<!:)",
+        "an ARN, or a secret's name",
+    )
+    AwsAccount = matching(r"[0-9]{12}", "an AWS account, of 12 digits")
+    HttpUrl = matching(r"https?://[^\s/?#]+\S*", "an http:// or https:// address")
+    UrlPath = matching(r"/[A-Za-z0-9._~!*+,=:@%/?&-]*", "a path such as /health-check")
+    Port = number(1, 65535)
+    DeployPort = number(0, 65535)
+    RangeEnd = number(2, 65536)
+    Seconds = number(0, 86400, (int, float))
+    ReleaseSource = variant(localdir=FilePath, s3=S3Url, http=HttpUrl)
+    ConfigSource = variant(file=FilePath, s3=S3Url, awsSecretArn=SecretId, http=HttpUrl)
+    SlaveLabel = variant(ec2InstanceId=None, label=Label)
+    Ports = decode_ports
+    Etype = decode_etype
+    DeployMode = decode_mode
 
 
 class PortRange(NamedTuple):
-    v1: port_number
-    v2: number(2, 65536)
-
-
-def port_range(value: Any, at: Location) -> PortRange:
-    if isinstance(value, list) and len(value) == 2:
-        value = {"v1": value[0], "v2": value[1]}
-    found = record(PortRange)(value, at)
-    if found.v1 >= found.v2:
-        raise at.expected(value, "v1 below v2: the ports are v1 <= port < v2")
-    return found
+    v1: Port
+    v2: RangeEnd
 
 
 class SslCert(NamedTuple):
-    ssl_certificate: file_path
-    ssl_certificate_key: file_path
+    ssl_certificate: FilePath
+    ssl_certificate_key: FilePath
 
 
-ssl_mode = union("generated", generated=None, explicit=record(SslCert))
-json_source = union(file=file_path, s3=s3_url, awsSecretArn=secret_id, http=http_url)
+class CertificateSource(NamedTuple):
+    """Where the certificate of an https endpoint comes from: these files, or else certbot."""
+
+    files: Optional[SslCert] = None
+
+    @property
+    def generated(self) -> bool:
+        return not self.files
 
 
 class EndPoint(NamedTuple):
-    server_names: listing(server_name, least=1)
-    etype: union(httpOnly=None, httpsWithRedirect=ssl_mode)
-    obsolete = ("label",)
+    server_names: Sequence[ServerName]
+    etype: Etype
 
     @property
-    def certificate(self) -> Optional[Variant]:
-        """Choice "generated" or "explicit" of an https endpoint, None for a plain one."""
-        return self.etype.value
+    def certificate(self) -> Optional[CertificateSource]:
+        """None of a plain http endpoint."""
+        return self.etype
 
 
 class HealthCheck(NamedTuple):
-    incoming_path: url_path = "/health-check"
-    outgoing_path: url_path = "/"
-    endpoint: optional(label) = None
+    incoming_path: UrlPath = "/health-check"
+    outgoing_path: UrlPath = "/"
+    endpoint: Optional[Label] = None
 
 
 class ProxyMode(NamedTuple):
     """`deployMode.proxy`."""
 
-    end_points: mapping(label, record(EndPoint))
-    remote_state_s3: optional(s3_url) = None
-    dynamic_port_range: port_range = PortRange(8000, 8100)
-    slave_label: union(ec2InstanceId=None, label=label) = Variant("ec2InstanceId")
-    slave_interface_name: text = "eth0"
-    nginx_conf_template_path: optional(file_path) = None
-    http_port: port_number = 80
-    https_port: port_number = 443
-    ready_path: optional(url_path) = None
-    ready_timeout_secs: seconds = 10
-    drain_timeout_secs: seconds = 30
-    container_name: docker_name = "frontendproxy"
+    end_points: Mapping[Label, EndPoint]
+    remote_state_s3: Optional[S3Url] = None
+    dynamic_port_range: Ports = PortRange(8000, 8100)
+    slave_label: SlaveLabel = Variant("ec2InstanceId")
+    slave_interface_name: Text = "eth0"
+    nginx_conf_template_path: Optional[FilePath] = None
+    http_port: Port = 80
+    https_port: Port = 443
+    ready_path: Optional[UrlPath] = None
+    ready_timeout_secs: Seconds = 10
+    drain_timeout_secs: Seconds = 30
+    container_name: DockerName = "frontendproxy"
 
 
 class Config(NamedTuple):
-    """The configuration; the annotations are the decoders, the defaults those of the manual."""
+    """The configuration, with the defaults of the manual."""
 
-    releases: union(localdir=file_path, s3=s3_url, http=http_url)
-    deploys_dir: file_path = "/opt/deploys"
-    context_cache: file_path = "/opt/config"
-    log_file: file_path = "/opt/var/log/camus2.log"
-    config_sources: mapping(source_name, json_source) = {}
-    deploy_mode: union(noproxy=None, proxy=record(ProxyMode)) = Variant("noproxy")
-    health_check: optional(record(HealthCheck)) = HealthCheck()
-    nginx_docker_image: docker_image = "nginx"
-    nginx_docker_version: docker_image = "latest"
-    letsencrypt_prefix_dir: file_path = "/opt"
-    letsencrypt_www_dir: served_path = "/opt/var/www"
-    auto_cert_name: label = "camus2cert"
-    auto_cert_contact_email: text = ""
-    certbot_docker_image: docker_image = "certbot/certbot"
-    certbot_docker_version: docker_image = "latest"
-    acme_server: optional(http_url) = None
-    command_timeout_secs: optional(seconds) = None
-
-    @property
-    def proxy(self) -> Optional[ProxyMode]:
-        return self.deploy_mode.value
+    releases: ReleaseSource
+    deploys_dir: FilePath = "/opt/deploys"
+    context_cache: FilePath = "/opt/config"
+    log_file: FilePath = "/opt/var/log/camus2.log"
+    config_sources: Mapping[SourceName, ConfigSource] = EMPTY
+    deploy_mode: DeployMode = None
+    health_check: Optional[HealthCheck] = HealthCheck()
+    nginx_docker_image: DockerImage = "nginx"
+    nginx_docker_version: DockerImage = "latest"
+    letsencrypt_prefix_dir: FilePath = "/opt"
+    letsencrypt_www_dir: ServedPath = "/opt/var/www"
+    auto_cert_name: Label = "camus2cert"
+    auto_cert_contact_email: Text = ""
+    certbot_docker_image: DockerImage = "certbot/certbot"
+    certbot_docker_version: DockerImage = "latest"
+    acme_server: Optional[HttpUrl] = None
+    command_timeout_secs: Optional[Seconds] = None
 
     @property
-    def end_points(self) -> Dict[str, EndPoint]:
-        return self.proxy.end_points if self.proxy else {}
+    def has_proxy(self) -> bool:
+        return self.deploy_mode is not None
+
+    @property
+    def proxy(self) -> ProxyMode:
+        if not self.deploy_mode:
+            raise ConfigError("this needs the proxy, but deployMode is noproxy; see c2 help")
+        return self.deploy_mode
+
+    @property
+    def end_points(self) -> Mapping[str, EndPoint]:
+        return self.deploy_mode.end_points if self.deploy_mode else {}
 
     @property
     def remote(self) -> Optional[str]:
-        return self.proxy.remote_state_s3 if self.proxy else None
+        return self.deploy_mode.remote_state_s3 if self.deploy_mode else None
 
     def path(self, *parts: str) -> str:
         return os.path.join(self.deploys_dir, *parts)
@@ -433,85 +510,88 @@ class Config(NamedTuple):
 class Release(NamedTuple):
     """release.json: what a release says of itself."""
 
-    prestart_command: script = ""
-    start_command: script = ""
-    stop_command: script = ""
-    templates: listing(text) = []
-    config_sources: mapping(source_name, text) = {}
+    prestart_command: Script = ""
+    start_command: Script = ""
+    stop_command: Script = ""
+    templates: Sequence[Text] = ()
+    config_sources: Mapping[SourceName, Text] = EMPTY
 
 
 def parse_json(source: str, what: str) -> Any:
-    """The value of a JSON document; C2Error for what JSON has not, NaN say, and for a duplicate
-    key.
-    """
+    """Parse a JSON document; C2Error for what JSON has not, as NaN, and for a duplicate key."""
 
-    def once(pairs: list) -> dict:
-        found = dict(pairs)
-        if len(found) != len(pairs):
+    def unique(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+        entries = dict(pairs)
+        if len(entries) != len(pairs):
             keys = [key for key, _ in pairs]
             twice = next(key for key in keys if keys.count(key) > 1)
             raise C2Error(f"{what}: the key {twice} stands there twice")
-        return found
+        return entries
 
     def constant(name: str) -> None:
         raise C2Error(f"{what}: {name} is not JSON")
 
     try:
-        value = json.loads(source, object_pairs_hook=once, parse_constant=constant)
-        json.dumps(value, ensure_ascii=False).encode(
-            "utf-8"
-        )  # fails where a file could not hold it
+        value = json.loads(source, object_pairs_hook=unique, parse_constant=constant)
+        json.dumps(value, ensure_ascii=False).encode()  # fails where a file could not hold it
         return value
     except RecursionError:
         raise C2Error(f"{what}: nested too deeply") from None
     except UnicodeEncodeError as e:
-        half = ascii(e.object[e.start])
-        raise C2Error(f"{what}: {half} is half a character; write the other half, too") from None
+        raise C2Error(f"{what}: unpaired surrogate {ascii(e.object[e.start])}") from None
     except ValueError as e:
         raise C2Error(f"{what}: not valid JSON: {e}") from None
 
 
 def decode_config(value: Any, base: str, warn: Callable[[str], None]) -> Config:
-    """The configuration in a decoded JSON or YAML document.
+    """Decode the configuration, a parsed document.
 
     base: directory that relative paths start from; warn: called with a sentence about what is only
     doubtful. Raises ConfigError with the path of what is wrong.
     """
-    config = record(Config)(value, Location("", base, warn))
-    if not config.proxy:
-        return config
-    mode, at = config.proxy, Location("deployMode.proxy", base, warn)
-    taken = {}
-    for name, end_point in mode.end_points.items():
-        if (
-            end_point.certificate
-            and end_point.certificate.name == "generated"
-            and mode.remote_state_s3
-        ):
-            raise ConfigError(
-                f"{at.path}.endPoints.{name}.etype: a generated certificate needs local state, "
-                "but remoteStateS3 is set; end TLS at the load balancer, or give one"
-            )
-        for host in end_point.server_names:
-            if taken.setdefault(host.lower(), name) != name:
-                raise ConfigError(
-                    f"{at.path}.endPoints.{name}.serverNames: {host} is already one of "
-                    f"{taken[host.lower()]}"
-                )
+    config: Config = decode(Config, value, Location("", base, warn))
+    mode = config.deploy_mode
+    if mode:
+        check_end_points(mode)
+        check_ports(mode)
     health = config.health_check
-    if health and health.endpoint and health.endpoint not in mode.end_points:
+    if mode and health and health.endpoint and health.endpoint not in mode.end_points:
         raise ConfigError(
             f"healthCheck.endpoint: {health.endpoint} is not an endpoint; those of "
-            f"{at.path}.endPoints are {', '.join(sorted(mode.end_points))}"
+            f"deployMode.proxy.endPoints are {', '.join(sorted(mode.end_points))}"
         )
-    for key, port in (("httpPort", mode.http_port), ("httpsPort", mode.https_port)):
-        if mode.dynamic_port_range.v1 <= port < mode.dynamic_port_range.v2:
+    return config
+
+
+def check_end_points(mode: ProxyMode) -> None:
+    """Raise ConfigError for endpoints that their decoders alone can't refuse."""
+    owners: Dict[str, str] = {}
+    for name, end_point in mode.end_points.items():
+        path = f"deployMode.proxy.endPoints.{name}"
+        if not end_point.server_names:
+            raise ConfigError(f"{path}.serverNames: found [], expected at least 1 host name")
+        certificate = end_point.certificate
+        if certificate and certificate.generated and mode.remote_state_s3:
             raise ConfigError(
-                f"{at.path}.{key}: {port} lies in dynamicPortRange, which is for deploys"
+                f"{path}.etype: a generated certificate needs local state, "
+                "but remoteStateS3 is set; end TLS at the load balancer, or give one"
+            )
+        for server_name in end_point.server_names:
+            owner = owners.setdefault(server_name.lower(), name)
+            if owner != name:
+                raise ConfigError(f"{path}.serverNames: {server_name} is already one of {owner}")
+
+
+def check_ports(mode: ProxyMode) -> None:
+    """Raise ConfigError for ports of nginx that are also for something else."""
+    ports = mode.dynamic_port_range
+    for key, port in (("httpPort", mode.http_port), ("httpsPort", mode.https_port)):
+        if ports.v1 <= port < ports.v2:
+            raise ConfigError(
+                f"deployMode.proxy.{key}: {port} lies in dynamicPortRange, which is for deploys"
             )
     if mode.http_port == mode.https_port:
-        raise ConfigError(f"{at.path}.httpsPort: {mode.https_port} is the httpPort already")
-    return config
+        raise ConfigError(f"deployMode.proxy.httpsPort: {mode.https_port} is the httpPort already")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1150,41 +1230,38 @@ def _read_tag(text, start, left, right, where):
 
 
 class Deploy(NamedTuple):
-    label: label
-    release: release_name
-    port: number(0, 65535)  # 0 without the proxy
+    label: Label
+    release: ReleaseName
+    port: DeployPort  # 0 without the proxy
+
+    @property
+    def has_port(self) -> bool:
+        return self.port > 0
 
 
 class Change(NamedTuple):
     """Who changed the state of a fleet last, when, and how."""
 
-    by: text = ""
-    at: text = ""
-    what: text = ""
+    by: Text = ""
+    at: Text = ""
+    what: Text = ""
 
 
 class State(NamedTuple):
-    """What runs and what is connected (camus2), and what c2 adds: camus2 ignores keys that it
-    doesn't know.
+    """What runs and what is connected (camus2), and keys of c2's own, which camus2 ignores."""
 
-    previous: for `rollback`, ENDPOINT -> the deploy before ("current" without the proxy);
-    last_port: allotted last; since: LABEL -> when it was started; changed: a master's last change.
-    """
-
-    deploys: mapping(label, record(Deploy, strict=False)) = {}
-    connections: mapping(label, label) = {}
-    previous: mapping(label, record(Deploy, strict=False)) = {}
-    last_port: number(0, 65535) = 0
-    since: mapping(label, text) = {}
-    changed: optional(record(Change, strict=False)) = None
+    deploys: Mapping[Label, Deploy] = EMPTY
+    connections: Mapping[Label, Label] = EMPTY  # ENDPOINT -> LABEL
+    previous: Mapping[Label, Deploy] = EMPTY  # ENDPOINT, or CURRENT -> the deploy before
+    last_port: DeployPort = 0  # allocated last
+    since: Mapping[Label, Text] = EMPTY  # LABEL -> when it was started
+    changed: Optional[Change] = None  # by a master
 
 
 def decode_state(value: Any, what: str) -> State:
-    """The State in a decoded state.json; raises C2Error that names `what` when its shape is
-    wrong.
-    """
+    """Decode a parsed state.json, which messages call `what`."""
     try:
-        state = record(State, strict=False)(value, Location("", "", lambda message: None))
+        state: State = decode(State, value, Location("", strict=False))
     except ConfigError as e:
         raise C2Error(f"{what}: {e}") from None
     for name, deploy in state.deploys.items():
@@ -1196,12 +1273,13 @@ def decode_state(value: Any, what: str) -> State:
     return state
 
 
-def encode_state(state: State) -> dict:
-    plain = {camel(field): value for field, value in state._asdict().items()}
-    for key in ("deploys", "previous"):
-        plain[key] = {name: dict(deploy._asdict()) for name, deploy in plain[key].items()}
-    changed = plain.pop("changed")
-    return dict(plain, changed=dict(changed._asdict())) if changed else plain
+def encode(value: Any) -> Any:
+    """Encode records as `decode` reads them; a field that is None is left out."""
+    if hasattr(value, "_asdict"):
+        return {camel(k): encode(v) for k, v in value._asdict().items() if v is not None}
+    if isinstance(value, Mapping):
+        return {k: encode(v) for k, v in value.items()}
+    return value
 
 
 class Asked(NamedTuple):
@@ -1270,7 +1348,7 @@ class Disconnect(NamedTuple):
 ACTIONS = {kind.__name__: kind for kind in (Create, Replace, Restart, Destroy, Connect, Disconnect)}
 
 
-def without(items: dict, key: str) -> dict:
+def without(items: Mapping[str, Any], key: str) -> Dict[str, Any]:
     return {k: v for k, v in items.items() if k != key}
 
 
@@ -1283,8 +1361,8 @@ def next_state(action: Any, state: State, now: str = "") -> State:
                 deploys=without(state.deploys, action.old.label),
                 since=without(state.since, action.old.label),
             )
-            if deploy.port == 0 and action.old != deploy:
-                state = state._replace(previous={"current": action.old})
+            if not deploy.has_port and action.old != deploy:
+                state = state._replace(previous={CURRENT: action.old})
         return state._replace(
             deploys=dict(state.deploys, **{deploy.label: deploy}),
             last_port=deploy.port,
@@ -1294,7 +1372,7 @@ def next_state(action: Any, state: State, now: str = "") -> State:
         return state._replace(since=dict(state.since, **{action.deploy.label: now}))
     if isinstance(action, Destroy):
         gone = action.deploy
-        previous = {"current": gone} if gone.port == 0 else state.previous
+        previous = state.previous if gone.has_port else {CURRENT: gone}
         return state._replace(
             deploys=without(state.deploys, gone.label),
             previous=previous,
@@ -1436,7 +1514,7 @@ def find_deploy(state: State, name: str) -> Deploy:
     if not found:
         running = ", ".join(sorted(state.deploys)) or "none"
         raise Refused(
-            f"there is no deploy {name}{nearest(name, list(state.deploys))}; there are: {running}"
+            f"there is no deploy {name}{nearest(name, state.deploys)}; there are: {running}"
         )
     if len(found) > 1:
         raise Refused(
@@ -1451,7 +1529,7 @@ def find_end_point(config: Config, name: Optional[str]) -> str:
         return next(iter(config.end_points))
     if name in config.end_points:
         return name
-    unknown = f"there is no endpoint {name}{nearest(name or '', list(config.end_points))}"
+    unknown = f"there is no endpoint {name}{nearest(name or '', config.end_points)}"
     known = ", ".join(sorted(config.end_points)) or "none"
     raise ConfigError(f"{unknown if name else 'say which endpoint'}; the endpoints are: {known}")
 
@@ -1578,9 +1656,9 @@ def start_actions(state: State, deploy: Deploy, runs: Callable[[Deploy], bool]) 
 
     runs: tells whether a deploy answers, asked only where it matters.
     """
-    check_label(deploy.label, State() if deploy.port == 0 else state)
-    if deploy.port == 0:
-        behind = sorted(d.label for d in state.deploys.values() if d.port)
+    check_label(deploy.label, state if deploy.has_port else State())
+    if not deploy.has_port:
+        behind = sorted(d.label for d in state.deploys.values() if d.has_port)
         if behind:
             raise Refused(
                 f"{', '.join(behind)} still runs for the proxy, but deployMode is noproxy now; "
@@ -1628,7 +1706,7 @@ def describe(action: Any) -> tuple:
     verb, doing = {Restart: ("restart", "starting again"), Destroy: ("stop", "stopping")}.get(
         type(action), ("start", "starting")
     )
-    port = f" on port {deploy.port}" if deploy.port and verb != "stop" else ""
+    port = f" on port {deploy.port}" if deploy.has_port and verb != "stop" else ""
     instead = (
         f" in place of {action.old.label} ({action.old.release})"
         if isinstance(action, Replace)
@@ -2026,7 +2104,7 @@ def generated_names(config: Config) -> List[str]:
         dict.fromkeys(
             host.lower()
             for _, e in sorted(config.end_points.items())
-            if e.certificate and e.certificate.name == "generated"
+            if e.certificate and e.certificate.generated
             for host in e.server_names
         )
     )
@@ -2037,7 +2115,7 @@ def check_generated(config: Config) -> None:
     names = generated_names(config)
     odd = [n for n in names if not re.fullmatch(r"([a-z0-9]([a-z0-9-]*[a-z0-9])?\.)+[a-z0-9-]+", n)]
     for wrong, reason in (
-        (not config.proxy, "deployMode is noproxy; end TLS where the proxy is"),
+        (not config.has_proxy, "deployMode is noproxy; end TLS where the proxy is"),
         (
             config.remote,
             "the state is remote (remoteStateS3), and the challenge could reach any of the "
@@ -2120,7 +2198,7 @@ def certificate_lines(certificates: Dict[str, Any], now: float, colour: bool) ->
 def status_text(config: Config, state: State, runs: Dict[str, bool], certificates: Any = ()) -> str:
     """`status` for a person; runs: LABEL -> whether its port answers; certificates: their lines."""
     lines = []
-    if config.proxy:
+    if config.has_proxy:
         lines.append("Endpoints:")
         for name, end_point in sorted(config.end_points.items()):
             https = f",{config.proxy.https_port}" if end_point.certificate else ""
@@ -2139,7 +2217,7 @@ def status_text(config: Config, state: State, runs: Dict[str, bool], certificate
     lines.append("Deploys:")
     for name, deploy in sorted(state.deploys.items()):
         shown = "" if name == deploy.release else f" ({deploy.release})"
-        facts = [f"(localhost:{deploy.port})"] if deploy.port else []
+        facts = [f"(localhost:{deploy.port})"] if deploy.has_port else []
         if name in runs:
             facts.append("answers" if runs[name] else "DOES NOT ANSWER")
         if state.since.get(name):
@@ -2654,11 +2732,12 @@ def encode_action(action: Any) -> dict:
 
 
 def decode_action(plain: dict) -> Any:
-    def decode(value: Any) -> Any:
-        decoder = record(Deploy) if isinstance(value, dict) else label
-        return value if isinstance(value, bool) else decoder(value, Location("action", "", say))
+    def decode_value(value: Any) -> Any:
+        if isinstance(value, bool):
+            return value
+        return decode(Deploy if isinstance(value, dict) else Label, value, Location("action"))
 
-    return ACTIONS[plain["kind"]](**{k: decode(v) for k, v in plain.items() if k != "kind"})
+    return ACTIONS[plain["kind"]](**{k: decode_value(v) for k, v in plain.items() if k != "kind"})
 
 
 def read_journal(path: str) -> Optional[Journal]:
@@ -2758,9 +2837,9 @@ def host_state(config: Config) -> State:
     """The state; where only camus2 has been, without the proxy, the release that its link `current`
     names.
     """
-    current = read_link(config.path("current"))
+    current = read_link(config.path(CURRENT))
     known = any(os.path.exists(config.proxy_path(name)) for name in ("state.json", "journal.json"))
-    if config.proxy or known or not current:
+    if config.has_proxy or known or not current:
         return load_state(config)
     name = os.path.basename(current)
     return (
@@ -2772,7 +2851,7 @@ def host_state(config: Config) -> State:
 
 def save_state(config: Config, state: State) -> None:
     make_dir(config.proxy_path())
-    replace_file(config.proxy_path("state.json"), json.dumps(encode_state(state), indent=2) + "\n")
+    replace_file(config.proxy_path("state.json"), json.dumps(encode(state), indent=2) + "\n")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2901,7 +2980,7 @@ def command_files(directory: str) -> List[str]:
 
 def command_env(deploy: Deploy, directory: str) -> Dict[str, str]:
     """What the commands of a deploy have in their environment beside what c2 has."""
-    port = {"C2_PORT": str(deploy.port)} if deploy.port else {}
+    port = {"C2_PORT": str(deploy.port)} if deploy.has_port else {}
     return dict(port, C2_RELEASE=deploy.release, C2_DEPLOY=deploy.label, PWD=directory)
 
 
@@ -3494,7 +3573,8 @@ def read_release(directory: str, warn: Callable[[str], None] = lambda message: N
         for key in sorted(set(value) - {*known}):
             warn(f"release.json: c2 does not know the key {key}{nearest(key, known)}")
     try:
-        return record(Release, strict=False)(value, Location("", "", warn))
+        release: Release = decode(Release, value, Location("", warn=warn, strict=False))
+        return release
     except ConfigError as e:
         raise C2Error(f"{path}: {e}") from None
 
@@ -3781,7 +3861,7 @@ def with_running_container(host: Host) -> Host:
     name = service["container_name"] if service else mode.container_name
     if name == mode.container_name:
         return host
-    mode = Variant("proxy", mode._replace(container_name=name))
+    mode = mode._replace(container_name=name)
     return host._replace(config=host.config._replace(deploy_mode=mode))
 
 
@@ -4274,10 +4354,10 @@ def install_certificates(host: Host, strict: bool = False) -> Dict[str, list]:
     for name, end_point in sorted(config.end_points.items()):
         if not end_point.certificate:
             continue
-        kind, given = end_point.certificate
+        kind = "generated" if end_point.certificate.generated else "explicit"
         try:
             found[name] = copy_certificate(
-                config, name, kind, list(given or generated_files(config))
+                config, name, kind, list(end_point.certificate.files or generated_files(config))
             )
         except C2Error as e:
             found[name] = served_certificates(last_context(config)).get(name)
@@ -4328,7 +4408,7 @@ def status_certificates(config: Config) -> Dict[str, Any]:
             except C2Error as e:
                 found[name] = str(e)
         elif end_point.certificate and not config.remote:
-            generated = end_point.certificate.name == "generated"
+            generated = end_point.certificate.generated
             command = "generate-ssl-certificate" if generated else "restart-frontend-proxy"
             found[name] = f"no certificate yet, so that it answers 503; c2 {command} gets it"
     return found
@@ -4581,10 +4661,10 @@ def launch(host: Host, journal: Journal, deploy: Deploy, old: Optional[Deploy]) 
     if in_use:
         run_command(host, journal, deploy, "prestart", staging)  # which may write the compose file
         check_project(host, deploy, staging)
-        if not config.proxy:
+        if not config.has_proxy:
             compare_trees(staging, place)  # before anything is stopped
         stop_old(host, journal, old, deploy)
-        merge_into_place(host, journal, deploy, whole=bool(config.proxy))
+        merge_into_place(host, journal, deploy, whole=config.has_proxy)
     else:
         merge_into_place(host, journal, deploy)
         journal.step("prestart")
@@ -4592,8 +4672,8 @@ def launch(host: Host, journal: Journal, deploy: Deploy, old: Optional[Deploy]) 
         check_project(host, deploy, place)
         if old:
             stop_old(host, journal, old, deploy)
-    if not config.proxy:
-        replace_link(config.path("current"), deploy.label)
+    if not config.has_proxy:
+        replace_link(config.path(CURRENT), deploy.label)
     journal.step("start")
     run_command(host, journal, deploy, "start", place)
     journal.step("done")
@@ -4649,7 +4729,7 @@ def take_out_of_place(host: Host, journal: Journal, deploy: Deploy) -> None:
 def deploy_context(host: Host, deploy: Deploy) -> dict:
     """The template context of a deploy: the config sources, and its ports in proxy mode."""
     context = load_context(host)
-    if not host.config.proxy:
+    if not host.config.has_proxy:
         return context
     ports = ports_context(deploy.port, host.config.proxy.dynamic_port_range)
     if len(ports) < 5:
@@ -4675,8 +4755,8 @@ def roll_back_start(host: Host, journal: Journal, deploy: Deploy, old: Optional[
         journal.step("swap")
     if "fresh" in journal.record:
         take_out_of_place(host, journal, deploy)
-        if read_link(config.path("current")) == deploy.label:
-            replace_link(config.path("current"), old.label if old else None)
+        if read_link(config.path(CURRENT)) == deploy.label:
+            replace_link(config.path(CURRENT), old.label if old else None)
     stopped = journal.record.get("stopped")
     if stopped is not None and old and host_state(config).deploys.get(old.label) == old:
         journal.step("start-old", stopped=False, fresh=[], common=[])
@@ -4722,7 +4802,7 @@ def destroy(host: Host, journal: Journal, deploy: Deploy, force: bool) -> None:
         if not force:
             require_private(*command_files(place))
         journal.step("drain", again=again)
-        if config.proxy:
+        if config.has_proxy:
             drain(host, deploy)
         journal.step("stop")
         try:
@@ -4747,11 +4827,11 @@ def destroy(host: Host, journal: Journal, deploy: Deploy, force: bool) -> None:
             )
     with uninterruptible():
         journal.step("remove")
-        if config.proxy:
+        if config.has_proxy:
             remove(place)
             remove(output_path(config, deploy.label))
         else:
-            replace_link(config.path("current"), None)
+            replace_link(config.path(CURRENT), None)
 
 
 def undo(host: Host, journal: Journal) -> None:
@@ -4824,7 +4904,7 @@ def commit(host: Host, journal: Journal, state: State, seconds: Optional[float] 
     state = next_state(action, state, utc_now())
     save_state(config, state)
     host.log.info("done", f"{done} done", seconds=seconds, **fields)
-    if isinstance(action, Replace) and config.proxy and action.old.label != action.deploy.label:
+    if isinstance(action, Replace) and config.has_proxy and action.old.label != action.deploy.label:
         remove(config.path(action.old.label))
         remove(output_path(config, action.old.label))
     journal.clear()
@@ -5017,7 +5097,7 @@ def put_object(url: str, value: Any, *conditions: str) -> None:
 
 def write_master(host: Host, state: State, etag: str) -> bool:
     """Write the master state, unless another master was quicker; tells whether it is written."""
-    url, value = master_url(host.config), encode_state(state)
+    url, value = master_url(host.config), encode(state)
     try:
         put_object(url, value, *(["--if-match", etag] if etag else ["--if-none-match", "*"]))
     except Missing:
@@ -5149,7 +5229,7 @@ def read_records(config: Config, directory: str) -> List[Record]:
 
 def foreign_record(key: str) -> Record:
     """Stands for an object below slaves/ that no slave has written."""
-    return Record(key, 0.0, None, None, "passed over, since its name is no slave's")
+    return Record(key, 0.0, None, None, "passed over, since its name is no slave's", [])
 
 
 def read_record(label: str, path: str) -> Record:
@@ -5159,7 +5239,7 @@ def read_record(label: str, path: str) -> Record:
     moment = found.st_mtime  # sync sets it to the object's
     if found.st_size > RECORD_BYTES:
         size = f"the record has {found.st_size >> 20} MB and is not read"
-        return Record(label, moment, None, None, size)
+        return Record(label, moment, None, None, size, [])
     with open(path, encoding="utf-8", errors="replace") as f:
         return decode_record(label, moment, f.read())
 
@@ -5252,7 +5332,7 @@ def fleet_status(config: Config, args: Any, directory: str) -> tuple:
         problem = e
     records = read_records(config, directory) if args.show_slaves else []
     if args.json:
-        plain = {"master": encode_state(state) if state else None}  # type: Dict[str, Any]
+        plain = {"master": encode(state) if state else None}  # type: Dict[str, Any]
         if args.show_slaves:
             plain["slaves"] = [
                 {
@@ -5423,9 +5503,10 @@ def slave_label(mode: ProxyMode) -> str:
 
     try:
         token = ask("PUT", "/latest/api/token", token_ttl_seconds="60")
-        return label(
+        return decode(
+            Label,
             ask("GET", "/latest/meta-data/instance-id", token=token),
-            Location("instance-id", "", say),
+            Location("instance-id"),
         )
     except (OSError, ValueError) as e:
         raise C2Error(
@@ -5767,7 +5848,7 @@ class Slave:
             "status": {"error": error} if error else "ok",
             "ipAddress": address,
             "hostName": socket.gethostname(),
-            "state": encode_state(state),
+            "state": encode(state),
             "problems": problems,
         }
         with self.lock:
@@ -5839,7 +5920,7 @@ class Command(NamedTuple):
 COMMANDS = {}  # type: Dict[str, Command]
 
 
-def command(summary: str, example: str, *arguments: tuple, host: bool = True) -> Callable:
+def subcommand(summary: str, example: str, *arguments: tuple, host: bool = True) -> Callable:
     """Make a command of the function cmd_NAME; host: whether it needs a configuration."""
 
     def register(function: Callable) -> Callable:
@@ -5893,7 +5974,7 @@ JSON = argument("--json", "--json-output", action="store_true", dest="json", hel
 
 
 def require_proxy(config: Config, what: str) -> ProxyMode:
-    if not config.proxy:
+    if not config.has_proxy:
         raise ConfigError(f"{what} needs the proxy, but deployMode is noproxy; see c2 help")
     return config.proxy
 
@@ -5924,7 +6005,7 @@ def change(
         apply_actions(host, decide(state), state)
 
 
-@command(
+@subcommand(
     "deploy a release",
     "c2 start web-1.4.zip",
     RELEASE,
@@ -5945,14 +6026,14 @@ def cmd_start(host: Host, args: Any) -> None:
 def start_release(host: Host, args: Any, release: str, name: str) -> None:
     """Deploy a release under the label `name`, by the rules of `start_actions`."""
     config, remote = host.config, bool(host.config.remote)
-    release_name(release, Location("RELEASE", "", say))
+    decode(ReleaseName, release, Location("RELEASE"))
     check_label(name, State())
     if remote:
         require_release(config, release)
 
     def decide(state: State) -> list:
         deploy = state.deploys.get(name, Deploy("", "", 0))
-        if deploy.release != release or bool(deploy.port) != bool(config.proxy):
+        if deploy.release != release or deploy.has_port != config.has_proxy:
             ports = {d.port for d in state.deploys.values()}
             port = (
                 next_port(
@@ -5960,7 +6041,7 @@ def start_release(host: Host, args: Any, release: str, name: str) -> None:
                     state.last_port,
                     lambda p: p in ports or not remote and port_taken(p),
                 )
-                if config.proxy
+                if config.has_proxy
                 else 0
             )
             deploy = Deploy(name, release, port)
@@ -5972,7 +6053,7 @@ def start_release(host: Host, args: Any, release: str, name: str) -> None:
     change(host, args, decide, lambda state: name, verb="start", deploy=name, release=release)
 
 
-@command(
+@subcommand(
     "stop and remove a deploy; refused while an endpoint is connected to it",
     "c2 stop web-1.3",
     DEPLOY,
@@ -6011,7 +6092,7 @@ def cmd_stop(host: Host, args: Any) -> None:
             os.unlink(blocked)
             host.log.warn("unblock", f"{args.deploy} is not blocked any more", deploy=args.deploy)
             if args.deploy not in state.deploys:
-                if config.proxy:
+                if config.has_proxy:
                     remove(config.path(args.deploy))
                 return clean_up(host)
         actions = stop_actions(state, args.deploy, args.force)
@@ -6019,7 +6100,7 @@ def cmd_stop(host: Host, args: Any) -> None:
         apply_actions(host, actions, state)
 
 
-@command(
+@subcommand(
     "point an endpoint at a running deploy",
     "c2 connect main web-1.4",
     ONLY_END_POINT,
@@ -6040,7 +6121,7 @@ def connect(host: Host, args: Any, end_point: str, target: Callable[[State], Dep
 
     def decide(state: State) -> list:
         deploy = target(state)
-        if not deploy.port:
+        if not deploy.has_port:
             raise Refused(
                 f"{deploy.label} was started without the proxy and has no port; "
                 f"c2 start {deploy.release} {deploy.label} gives it one"
@@ -6061,7 +6142,7 @@ def connect(host: Host, args: Any, end_point: str, target: Callable[[State], Dep
         host.log.warn("certificate", f"{end_point}: {problem}", endpoint=end_point)
 
 
-@command(
+@subcommand(
     "take an endpoint off: it answers 503",
     "c2 disconnect main",
     argument("end_point", metavar="ENDPOINT"),
@@ -6080,7 +6161,7 @@ def cmd_disconnect(host: Host, args: Any) -> None:
     change(host, args, decide, endpoint=end_point)
 
 
-@command(
+@subcommand(
     "connect the endpoint to the deploy before; without the proxy: start the release before",
     "c2 rollback main",
     ONLY_END_POINT,
@@ -6090,8 +6171,8 @@ def cmd_disconnect(host: Host, args: Any) -> None:
 )
 def cmd_rollback(host: Host, args: Any) -> None:
     config = host.config
-    if not config.proxy:
-        before = host_state(config).previous.get("current")
+    if not config.has_proxy:
+        before = host_state(config).previous.get(CURRENT)
         if args.end_point or not before:
             raise Refused(
                 "without the proxy there are no endpoints; say c2 rollback"
@@ -6103,7 +6184,7 @@ def cmd_rollback(host: Host, args: Any) -> None:
     connect(host, args, end_point, lambda state: rollback_target(state, end_point))
 
 
-@command(
+@subcommand(
     "show endpoints and deploys",
     "c2 status",
     argument(
@@ -6134,9 +6215,11 @@ def cmd_status(host: Host, args: Any) -> None:
             else {"error": c}
             for name, c in certificates.items()
         }
-        emit(json.dumps({"master": encode_state(state), "certificates": plain}, indent=2) + "\n")
+        emit(json.dumps({"master": encode(state), "certificates": plain}, indent=2) + "\n")
         return
-    runs = {name: listening(deploy.port) for name, deploy in state.deploys.items() if deploy.port}
+    runs = {
+        name: listening(deploy.port) for name, deploy in state.deploys.items() if deploy.has_port
+    }
     lines = certificate_lines(
         certificates, now, sys.stdout.isatty() and "NO_COLOR" not in os.environ
     )
@@ -6161,7 +6244,7 @@ def report_unfinished(config: Config) -> None:
         say(f"warning: {name[: -len('.json')]} is blocked: a recovery failed; see c2 show-log")
 
 
-@command(
+@subcommand(
     "wait until every machine of the fleet reports the master's state",
     "c2 wait 300",
     argument(
@@ -6178,7 +6261,7 @@ def cmd_wait(host: Host, args: Any) -> None:
     await_fleet(host, args.secs)
 
 
-@command(
+@subcommand(
     "make this machine match the master state",
     "c2 slave-update --repeat 10",
     argument(
@@ -6207,7 +6290,7 @@ def cmd_slave_update(host: Host, args: Any) -> None:
     host.log.info("slave", f"{slave.label} is what {master_url(host.config)} says")
 
 
-@command("remove the records of slaves that are gone for 5 minutes", "c2 slave-flush")
+@subcommand("remove the records of slaves that are gone for 5 minutes", "c2 slave-flush")
 def cmd_slave_flush(host: Host, args: Any) -> None:
     import tempfile
 
@@ -6244,14 +6327,14 @@ def cmd_slave_flush(host: Host, args: Any) -> None:
     )
 
 
-@command("list the releases in the store, newest first", "c2 list-releases", JSON)
+@subcommand("list the releases in the store, newest first", "c2 list-releases", JSON)
 def cmd_list_releases(host: Host, args: Any) -> None:
     names = release_store(host.config).names()
     listed = "".join(name + "\n" for name in names)
     emit(json.dumps(names, indent=2, ensure_ascii=False) + "\n" if args.json else listed)
 
 
-@command(
+@subcommand(
     "show what c2 has done",
     "c2 show-log -n 20 --follow",
     argument("-n", type=amount(int), dest="number", metavar="N", help="only the last N entries"),
@@ -6286,7 +6369,7 @@ def cmd_show_log(host: Host, args: Any) -> None:
         say(f"there is no log yet at {path}")
 
 
-@command(
+@subcommand(
     "download the config sources into the context cache",
     "c2 fetch-context --retry",
     argument("--retry", action="store_true", help="wait until they all exist"),
@@ -6295,7 +6378,7 @@ def cmd_fetch_context(host: Host, args: Any) -> None:
     fetch_context(host, args.retry)
 
 
-@command(
+@subcommand(
     "download, unpack and expand a release, and run nothing",
     "c2 unpack web-1.4.zip /tmp/look",
     RELEASE,
@@ -6307,7 +6390,7 @@ def cmd_unpack(host: Host, args: Any) -> None:
     directory = os.path.abspath(args.dir)
     if list_dir(directory):
         raise C2Error(f"{directory} is not empty; give a new directory")
-    release_name(args.release, Location("RELEASE", "", say))
+    decode(ReleaseName, args.release, Location("RELEASE"))
     fetch_context(host)
     parent, name = os.path.split(directory)
     make_dir(parent)
@@ -6317,7 +6400,7 @@ def cmd_unpack(host: Host, args: Any) -> None:
     host.log.info("unpack", f"unpacked {args.release} into {directory}", release=args.release)
 
 
-@command(
+@subcommand(
     "expand one template with the context",
     "c2 expand-template app.conf.tpl app.conf",
     argument("template", metavar="TEMPLATE"),
@@ -6329,14 +6412,14 @@ def cmd_expand_template(host: Host, args: Any) -> None:
     )
 
 
-@command(
+@subcommand(
     "print the built-in nginx template", "c2 show-default-nginx-config > nginx.conf.tpl", host=False
 )
 def cmd_show_default_nginx_config(host: None, args: Any) -> None:
     emit(NGINX_TEMPLATE)
 
 
-@command("bring the proxy up with what the state says", "c2 restart-frontend-proxy", LOCK_WAIT)
+@subcommand("bring the proxy up with what the state says", "c2 restart-frontend-proxy", LOCK_WAIT)
 def cmd_restart_frontend_proxy(host: Host, args: Any) -> None:
     require_proxy(host.config, "restart-frontend-proxy")
     with changing(host, args.lock_wait, verb="restart-frontend-proxy"):
@@ -6345,7 +6428,7 @@ def cmd_restart_frontend_proxy(host: Host, args: Any) -> None:
         host.log.info("proxy", "the proxy runs and serves the state")
 
 
-@command("take the proxy down", "c2 shutdown-frontend-proxy", LOCK_WAIT)
+@subcommand("take the proxy down", "c2 shutdown-frontend-proxy", LOCK_WAIT)
 def cmd_shutdown_frontend_proxy(host: Host, args: Any) -> None:
     require_proxy(host.config, "shutdown-frontend-proxy")
     with changing(host, args.lock_wait, verb="shutdown-frontend-proxy"):
@@ -6357,7 +6440,7 @@ def cmd_shutdown_frontend_proxy(host: Host, args: Any) -> None:
         host.log.info("proxy", f"the proxy is down; {up} it up again")
 
 
-@command(
+@subcommand(
     "obtain the certificate of the https endpoints, or renew it when due, and serve it",
     "c2 generate-ssl-certificate",
     LOCK_WAIT,
@@ -6368,7 +6451,7 @@ def cmd_generate_ssl_certificate(host: Host, args: Any) -> None:
         generate_certificate(host, load_state(host.config))
 
 
-@command(
+@subcommand(
     "print a docker login command line for ECR",
     'eval "$(c2 aws-docker-login-cmd)"',
     argument(
@@ -6381,7 +6464,7 @@ def cmd_aws_docker_login_cmd(host: Host, args: Any) -> None:
 
     ids = []
     if args.registry_id:
-        ids = ["--registry-ids", aws_account(args.registry_id, Location("REGISTRY_ID", "", say))]
+        ids = ["--registry-ids", decode(AwsAccount, args.registry_id, Location("REGISTRY_ID"))]
     data = json.loads(aws("ecr", "get-authorization-token", *ids, "--output", "json"))[
         "authorizationData"
     ]
@@ -6392,12 +6475,12 @@ def cmd_aws_docker_login_cmd(host: Host, args: Any) -> None:
     emit(f"{show_args(['printf', '%s', password])} | {login}\n")
 
 
-@command("print the manual", "c2 help", host=False)
+@subcommand("print the manual", "c2 help", host=False)
 def cmd_help(host: None, args: Any) -> None:
     emit(manual())
 
 
-@command("print the version", "c2 version", host=False)
+@subcommand("print the version", "c2 version", host=False)
 def cmd_version(host: None, args: Any) -> None:
     emit(VERSION + "\n")
 
@@ -6467,9 +6550,7 @@ def parser() -> Any:
         def error(self, message: str) -> None:
             found = re.search(r"invalid choice: '([^']*)'", message)
             if found:
-                message = (
-                    f"there is no command {found.group(1)}{nearest(found.group(1), list(COMMANDS))}"
-                )
+                message = f"there is no command {found.group(1)}{nearest(found.group(1), COMMANDS)}"
             elif re.match(
                 "unrecognized arguments: [^-]", message
             ):  # as of `connect main --force web`

@@ -1592,7 +1592,7 @@ class ConfigurationCases(unittest.TestCase):
                 context_cache="/opt/config",
                 log_file="/opt/var/log/camus2.log",
                 config_sources={},
-                deploy_mode=c2.Variant("noproxy"),
+                deploy_mode=None,
                 health_check=c2.HealthCheck("/health-check", "/", None),
                 nginx_docker_image="nginx",
                 nginx_docker_version="latest",
@@ -1609,7 +1609,7 @@ class ConfigurationCases(unittest.TestCase):
         self.assertEqual(
             decoded(proxied())[0].proxy,
             c2.ProxyMode(
-                end_points={"main": c2.EndPoint(["main.localhost"], c2.Variant("httpOnly"))},
+                end_points={"main": c2.EndPoint(["main.localhost"], None)},
                 remote_state_s3=None,
                 dynamic_port_range=c2.PortRange(8000, 8100),
                 slave_label=c2.Variant("ec2InstanceId"),
@@ -1678,7 +1678,7 @@ class ConfigurationCases(unittest.TestCase):
                 )
             ]
         )
-        self.assertEqual(generated.end_points["main"].certificate, c2.Variant("generated"))
+        self.assertEqual(generated.end_points["main"].certificate, c2.CertificateSource(None))
         given = decoded(
             with_main(
                 etype={
@@ -1690,7 +1690,7 @@ class ConfigurationCases(unittest.TestCase):
         )[0]
         self.assertEqual(
             given.end_points["main"].certificate,
-            c2.Variant("explicit", c2.SslCert("/etc/c2/c.pem", "/k.pem")),
+            c2.CertificateSource(c2.SslCert("/etc/c2/c.pem", "/k.pem")),
         )
 
     def test_what_the_documents_of_camus2_show(self):
@@ -1721,12 +1721,9 @@ class ConfigurationCases(unittest.TestCase):
         self.assertEqual(
             fleet,
             plain._replace(
-                deploy_mode=c2.Variant(
-                    "proxy",
-                    plain.proxy._replace(
-                        remote_state_s3="s3://state-of-app",
-                        slave_label=c2.Variant("label", "myslave"),
-                    ),
+                deploy_mode=plain.proxy._replace(
+                    remote_state_s3="s3://state-of-app",
+                    slave_label=c2.Variant("label", "myslave"),
                 )
             ),
         )
@@ -2330,7 +2327,7 @@ class StateCases(unittest.TestCase):
             since={"a.zip": "2020-01-01T00:00:00Z"},
             changed=c2.Change("b@h", "now", "start a.zip"),
         )
-        written = json.loads(json.dumps(c2.encode_state(full)))
+        written = json.loads(json.dumps(c2.encode(full)))
         self.assertEqual(
             {k: written[k] for k in ("deploys", "connections")},
             {k: of_camus2[k] for k in ("deploys", "connections")},
@@ -2745,15 +2742,13 @@ class DerivedText(unittest.TestCase):
         odd = self.config._replace(letsencrypt_www_dir="/w$w: {x}")
         self.assertIn("/w$$w: {x}", c2.compose_file(odd))
         mode = self.config.proxy
-        other = self.config._replace(
-            deploy_mode=c2.Variant("proxy", mode._replace(container_name="Edge.1"))
-        )
+        other = self.config._replace(deploy_mode=mode._replace(container_name="Edge.1"))
         self.assertEqual(json.loads(c2.compose_file(other))["name"], "edge1")
 
     def test_compose_file_depends_on_nothing_of_daily_work(self):
         mode = self.config.proxy
         daily = mode._replace(
-            end_points=dict(mode.end_points, new=c2.EndPoint(["n.test"], c2.Variant("httpOnly"))),
+            end_points=dict(mode.end_points, new=c2.EndPoint(["n.test"], None)),
             dynamic_port_range=c2.PortRange(9000, 9900),
             http_port=8080,
             nginx_conf_template_path="/x",
@@ -2761,7 +2756,7 @@ class DerivedText(unittest.TestCase):
             drain_timeout_secs=1,
         )
         self.assertEqual(
-            c2.compose_file(self.config._replace(deploy_mode=c2.Variant("proxy", daily))),
+            c2.compose_file(self.config._replace(deploy_mode=daily)),
             c2.compose_file(self.config),
         )
 
@@ -4830,7 +4825,7 @@ class TheFileItself(unittest.TestCase):
             set(
                 "argparse base64 collections contextlib ctypes difflib errno fcntl hashlib http itertools json "
                 "os pwd random re select shlex shutil signal socket ssl stat string struct subprocess sys time "
-                "tempfile threading traceback typing urllib zipfile zlib".split()
+                "tempfile threading traceback types typing urllib zipfile zlib".split()
             ),
         )
 
@@ -5871,6 +5866,8 @@ class Readme(Proxy):
         if field not in cls._field_defaults:
             return "required"
         value = cls._field_defaults[field]
+        if field == "deploy_mode":
+            return "`noproxy`"
         if value is None:
             return "none"
         if isinstance(value, c2.HealthCheck):
@@ -7398,10 +7395,8 @@ class FleetWords(unittest.TestCase):
             c2.decode_master('{"deploys": {}, "connections": {}, "deploys": {}}', "URL")
 
     def test_complaints(self):
-        mode = c2.ProxyMode(
-            {e: c2.EndPoint(["x"], c2.Variant("httpOnly")) for e in ("main", "other")}
-        )
-        config = c2.Config(c2.Variant("localdir", "/"), deploy_mode=c2.Variant("proxy", mode))
+        mode = c2.ProxyMode({e: c2.EndPoint(["x"], None) for e in ("main", "other")})
+        config = c2.Config(c2.Variant("localdir", "/"), deploy_mode=mode)
         wanted, now = c2.decode_master(json.dumps(self.STATE), "URL"), time.time()
 
         def said(age=10, **keys):
@@ -7459,8 +7454,8 @@ class FleetWords(unittest.TestCase):
         )
 
     def test_what_of_a_machine_matters_to_what_was_asked(self):
-        mode = c2.ProxyMode({"main": c2.EndPoint(["x"], c2.Variant("httpOnly"))})
-        config = c2.Config(c2.Variant("localdir", "/"), deploy_mode=c2.Variant("proxy", mode))
+        mode = c2.ProxyMode({"main": c2.EndPoint(["x"], None)})
+        config = c2.Config(c2.Variant("localdir", "/"), deploy_mode=mode)
         wanted = c2.decode_master(json.dumps(self.STATE), "URL")
         later = wanted._replace(deploys=dict(wanted.deploys, late=c2.Deploy("late", "late", 1)))
         asked = c2.asked_by(later, ["a"], ["main"])
@@ -7495,9 +7490,9 @@ class FleetWords(unittest.TestCase):
             with mock.patch.dict(os.environ, env):
                 self.assertEqual(name, c2.who())
                 state = c2.State(changed=c2.Change(c2.who(), "now", "what"))
-            written = json.dumps(c2.encode_state(state))
+            written = json.dumps(c2.encode(state))
             self.assertEqual(state, c2.decode_master(written, "URL"))
-        self.assertNotIn("changed", c2.encode_state(c2.State()))
+        self.assertNotIn("changed", c2.encode(c2.State()))
         self.assertEqual([], c2.plan(["main"], c2.State(), state))
         with self.assertRaisesRegex(c2.C2Error, "^URL: changed.by"):
             c2.decode_master('{"deploys": {}, "connections": {}, "changed": {"by": 7}}', "URL")
@@ -7754,9 +7749,7 @@ class Staying(unittest.TestCase):
         mode = c2.ProxyMode(
             {}, "s3://bucket/base", slave_label=keys.pop("label", c2.Variant("label", "x"))
         )
-        config = c2.Config(
-            c2.Variant("localdir", "/"), deploy_mode=c2.Variant("proxy", mode), **keys
-        )
+        config = c2.Config(c2.Variant("localdir", "/"), deploy_mode=mode, **keys)
         with mock.patch.object(threading.Thread, "start"):
             return c2.Slave(c2.Host(config, mock.Mock()), None)
 
@@ -10470,7 +10463,7 @@ class Hostile(Faulty):
     def test_objects_in_s3(self):
         """A master state and the records of slaves."""
         deploy = c2.Deploy("b", "b.zip", self.ports + 9)
-        state = c2.encode_state(c2.State({"b": deploy}, {"main": "b"}))
+        state = c2.encode(c2.State({"b": deploy}, {"main": "b"}))
         record = {
             "status": {"error": "x"},
             "ipAddress": "127.0.0.1",
@@ -10527,7 +10520,7 @@ class Hostile(Faulty):
                 lambda: c2.load_state(host.config),
                 lambda: c2.lock_holder(host.config),
                 lambda: c2.read_journal(os.path.join(root, "journal.json")),
-                lambda: c2.encode_state(c2.load_state(host.config)),
+                lambda: c2.encode(c2.load_state(host.config)),
                 lambda: c2.end_orphan(
                     c2.read_journal(os.path.join(root, "journal.json")).record["group"]
                 ),

@@ -2,7 +2,7 @@
 # A test bed of real services on one bare Debian machine with pyenv, npm and root.
 #   .ci/bed.sh install      fetch and build what is missing (Debian, PyPI, npm)
 #   .ci/bed.sh run CMD…     run CMD beside a Docker engine, an ACME server, S3, Secrets Manager, ECR and EC2 metadata
-#   .ci/bed.sh tools CMD…   run CMD with aws, coverage, ruff and vermin on PATH, without services
+#   .ci/bed.sh tools CMD…   run CMD with aws, coverage, ruff, vermin and mypy on PATH, without services
 #   .ci/bed.sh pythons      the interpreters that the tests run on, one a line, oldest first
 # A run needs no network. It has network, mount and process namespaces of its own: ports 53, 80 and 443 are free, every
 # host name is 127.0.0.1, and all of it dies with CMD. Several runs may go on at once: each takes a free slot, of
@@ -54,7 +54,7 @@ tools() {
   pip install --no-deps --only-binary=:all: -r "$HERE/requirements.txt"
   pip check >&2
   mkdir "$TOOLS/path" # without the venv's python3, which is nobody else's
-  ln -s ../bin/{aws,coverage,moto_server,ruff,vermin} "$TOOLS/path"
+  ln -s ../bin/{aws,coverage,moto_server,mypy,ruff,vermin} "$TOOLS/path"
   touch "$TOOLS/done"
 }
 
