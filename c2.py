@@ -34,9 +34,13 @@ from typing import (
     Iterator,
     List,
     Mapping,
+    Match,
     NamedTuple,
+    NoReturn,
     Optional,
+    Pattern,
     Sequence,
+    Set,
     Tuple,
     Union,
 )
@@ -390,7 +394,7 @@ else:
         "s3://BUCKET/PREFIX, and no PREFIX such as file:// or -x",
     )
     SecretId = matching(
-        r"(arn:[A-Za-z0-9-]+:|[A-Za-z0-9/_+=.@])[A-Za-z0-9:/_+=.@-]*(?<!:)",
+        r"arn:[A-Za-z0-9:/_+=.@-]+(?<!:)|[A-Za-z0-9/_+=.@][A-Za-z0-9/_+=.@-]*",
         "an ARN, or a secret's name",
     )
     AwsAccount = matching(r"[0-9]{12}", "an AWS account, of 12 digits")
@@ -612,9 +616,8 @@ _YAML_WORDS = {
     "NULL": None,
     "~": None,
 }
-# Plain scalars that are no text: numbers to YAML 1.1 and 1.2 alike, then those that differ. The
-# digits are counted because newer Pythons refuse to convert very long integers, and floats lose
-# them.
+# Plain scalars that are no text: numbers to YAML 1.1 and 1.2 alike, then those that differ. Digits
+# are counted, since newer Pythons refuse to convert very long integers, and floats lose them.
 _YAML_SCALAR = re.compile(
     r"""
     (?P<int> [-+]?(?:0|[1-9][0-9]{0,300}) | 0x[0-9a-fA-F]{1,300} )
@@ -628,26 +631,12 @@ _YAML_SCALAR = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
-_YAML_ESCAPES = {
-    "0": "\0",
-    "a": "\a",
-    "b": "\b",
-    "t": "\t",
-    "\t": "\t",
-    "n": "\n",
-    "v": "\v",
-    "f": "\f",
-    "r": "\r",
-    "e": "\x1b",
-    " ": " ",
-    '"': '"',
-    "/": "/",
-    "\\": "\\",
-    "N": "\x85",
-    "_": "\xa0",
-    "L": "\u2028",
-    "P": "\u2029",
-}
+_YAML_ESCAPES = dict(
+    zip(
+        '0abt\tnvfre "/\\N_LP',
+        '\0\a\b\t\t\n\v\f\r\x1b "/\\\x85\xa0\u2028\u2029',
+    )
+)
 _YAML_UNSUPPORTED = {
     "&": "anchors",
     "*": "aliases",
@@ -677,8 +666,7 @@ _YAML_QUOTED = {
     ),
     "'": (re.compile(r"'([^']*(?:''[^']*)*)'(?!')"), re.compile(r"''|[ \t\n]+")),
 }
-# How a plain scalar may start, and what ends a line of it: in block collections, and between
-# brackets.
+# How a plain scalar may start, and what ends a line of it: in block collections, between brackets.
 _YAML_BLOCK = (
     re.compile(r"""[^,\[\]{}#&*!|>'"%@`?:-]|[?:-](?=[^ \t\n\0])"""),
     re.compile(r"[\n\t\0]| #|:(?=[ \t\n\0])"),
@@ -689,8 +677,8 @@ _YAML_FLOW = (
 )
 
 
-def parse_yaml(text):
-    """The value of a YAML document: dict, list, str, int, float, bool, or None for an empty one.
+def parse_yaml(text: str) -> Any:
+    """Parse a YAML document to a dict, list, str, int, float, bool, or None for an empty one.
 
     What it reads, PyYAML's safe_load and YAML 1.2 parsers (core schema) read the same. What they
     read unlike each other, and what configurations do without (anchors, tags, `>` blocks, `? `
@@ -700,38 +688,42 @@ def parse_yaml(text):
     return _Yaml(text).document()
 
 
-def _fold(gap):
-    """White space in a scalar, folded: one line break is a space, n of them are n - 1 line
-    breaks.
-    """
+def _fold(gap: str) -> str:
+    """Fold white space in a scalar: one line break is a space, n of them are n - 1 line breaks."""
     breaks = gap.count("\n")
-    return gap if not breaks else "\n" * (breaks - 1) or " "
+    return "\n" * (breaks - 1) or " " if breaks else gap
 
 
 class _Yaml:
-    """A cursor over one document. `n` is always the column of the enclosing block collection, -1
-    outside.
-    """
+    """A cursor over one document; `n` is the column of the enclosing block collection, or -1."""
 
-    def __init__(self, text):
+    def __init__(self, text: str) -> None:
         # The line break in front makes all lines start alike, counted from 1; the \0 ends every
-        # search.
+        # search, so that none fails.
         self.text = "\n" + text[text.startswith("\ufeff") :].replace("\r\n", "\n") + "\0"
-        self.pos = self.depth = 0
-        self.line = self.first = 0  # where the current line starts, and the first thing on it
+        self.pos = 0
+        self.depth = 0
+        self.line = 0  # where the current line starts
+        self.first = 0  # and the first thing on it
 
-    def fail(self, what, pos=None):
-        pos = self.pos if pos is None else pos
-        line, column = self.text.count("\n", 0, pos), pos - self.text.rfind("\n", 0, pos)
+    def fail(self, what: str, pos: Optional[int] = None) -> NoReturn:
+        if pos is None:
+            pos = self.pos
+        line = self.text.count("\n", 0, pos)
+        column = pos - self.text.rfind("\n", 0, pos)
         raise ConfigError(f"line {line}, column {column}: {what}")
 
-    def document(self):
+    def find(self, pattern: Pattern[str]) -> Match[str]:
+        return next(pattern.finditer(self.text, self.pos))
+
+    def document(self) -> Any:
         if len(self.text) > _YAML_SIZE:
             self.fail(f"the document has more than {_YAML_SIZE >> 10} KB; make it smaller", 1)
-        bad = _YAML_FORBIDDEN.search(self.text, 0, len(self.text) - 1)
-        if bad:
+        forbidden = _YAML_FORBIDDEN.search(self.text, 0, len(self.text) - 1)
+        if forbidden:
             self.fail(
-                f"character {bad.group()!a} is refused; use an escape in double quotes", bad.start()
+                f"character {forbidden.group()!a} is refused; use an escape in double quotes",
+                forbidden.start(),
             )
         self.skip()
         if self.text[self.pos] == "%":
@@ -744,22 +736,22 @@ class _Yaml:
                 f"`{marker.group()}` ends the document; keep one, without this line", marker.start()
             )
         value = self.child(-1, False)
-        self.more(-1)  # fails unless this is the end
+        self.has_next(-1)  # fails unless this is the end
         return value
 
-    def skip(self):
+    def skip(self) -> None:
         """Move over spaces, comments and line breaks."""
         start = self.pos
         if self.text[start] in " \n#":
-            self.pos = _YAML_SPACE.match(self.text, start).end()
+            self.pos = self.find(_YAML_SPACE).end()
             line_break = self.text.rfind("\n", start, self.pos)
             if line_break >= 0:
                 self.line, self.first = line_break + 1, self.pos
         if self.text[self.pos] == "\t":
             self.fail("a tab cannot stand here; use spaces, or quote the text")
 
-    def more(self, n):
-        """After a value: whether the collection at column n has another entry."""
+    def has_next(self, n: int) -> bool:
+        """Tell, after a value, whether the collection at column n has another entry."""
         self.skip()
         if self.text[self.pos] == "\0":
             return False
@@ -773,7 +765,7 @@ class _Yaml:
             )
         return self.pos - self.line == n
 
-    def nested(self, read, n):
+    def nested(self, read: Callable[[int], Any], n: int) -> Any:
         self.depth += 1
         if self.depth > _YAML_DEPTH:
             self.fail(f"more than {_YAML_DEPTH} levels; make the document flatter")
@@ -781,45 +773,50 @@ class _Yaml:
         self.depth -= 1
         return value
 
-    def child(self, n, compact):
-        """What follows a `- ` (compact: a collection may start on the same line) or a `key: `."""
+    def child(self, n: int, compact: bool) -> Any:
+        """Read what follows `- ` (compact: a collection may start on its line) or `key: `."""
         self.skip()
-        column, fresh = self.pos - self.line, self.pos == self.first
+        column = self.pos - self.line
+        fresh = self.pos == self.first
         dash = _YAML_DASH.match(self.text, self.pos)
         if fresh and dash and column == n and not compact:
             return self.nested(self.sequence, n)  # it may be indented like its key
         if self.text[self.pos] == "\0" or fresh and column <= n:
             return None
-        if (fresh or compact) and dash:
-            return self.nested(self.sequence, column)
-        if (fresh or compact) and self.colon():
-            return self.nested(self.mapping, column)
+        if fresh or compact:
+            if dash:
+                return self.nested(self.sequence, column)
+            if self.colon():
+                return self.nested(self.mapping, column)
         return self.node(n, _YAML_BLOCK)
 
-    def sequence(self, n):
+    def sequence(self, n: int) -> List[Any]:
         result = []
         while True:
             self.pos += 1
             result.append(self.child(n, True))
-            if not self.more(n) or not _YAML_DASH.match(self.text, self.pos):
+            if not self.has_next(n) or not _YAML_DASH.match(self.text, self.pos):
                 return result
 
-    def colon(self):
-        """Where the `: ` is, if a key of a block mapping starts here."""
-        char, end = self.text[self.pos], self.pos
+    def colon(self) -> Optional[int]:
+        """Return where the `: ` is, if a key of a block mapping starts here."""
+        char = self.text[self.pos]
+        end = self.pos
         if char in "\"'":
             quoted = _YAML_QUOTED[char][0].match(self.text, self.pos)
-            end = quoted.end() if quoted and "\n" not in quoted.group() else end
+            if quoted and "\n" not in quoted.group():
+                end = quoted.end()
             while self.text[end] == " ":
                 end += 1
         elif char not in "[{":
-            end = _YAML_BLOCK[1].search(self.text, end).start()
+            end = self.find(_YAML_BLOCK[1]).start()
         return end if self.text[end] == ":" and self.text[end + 1] in " \t\n\0" else None
 
-    def mapping(self, n):
-        result = {}
+    def mapping(self, n: int) -> Dict[str, Any]:
+        result: Dict[str, Any] = {}
         while True:
-            start, colon = self.pos, self.colon()
+            start = self.pos
+            colon = self.colon()
             if not colon:
                 self.fail(
                     "`key: value` expected; add the colon, or quote the text that this line "
@@ -829,11 +826,11 @@ class _Yaml:
             self.pos = colon
             self.check_key(result, key, start)
             result[key] = self.child(n, False)
-            if not self.more(n):
+            if not self.has_next(n):
                 return result
 
-    def check_key(self, mapping, key, start):
-        """Of the key that starts there and ends at the cursor, which is moved over the colon."""
+    def check_key(self, mapping: Dict[str, Any], key: Any, start: int) -> None:
+        """Check the key between `start` and the cursor, and move over the colon."""
         if not isinstance(key, str):
             self.fail("this key is not a text; quote it", start)
         if key in mapping:
@@ -842,7 +839,7 @@ class _Yaml:
             self.fail("a key has at most 1024 characters, on one line; shorten it", start)
         self.pos += 1
 
-    def node(self, n, style):
+    def node(self, n: int, style: Tuple[Pattern[str], Pattern[str]]) -> Any:
         char = self.text[self.pos]
         if char in "[{":
             return self.nested(self.flow, n)
@@ -852,20 +849,22 @@ class _Yaml:
             return self.literal(n)
         return self.plain(n, style)
 
-    def flow(self, n):
+    def flow(self, n: int) -> Any:
         opening = self.pos
-        result, closing = ([], "]") if self.text[opening] == "[" else ({}, "}")
+        closing = "]" if self.text[opening] == "[" else "}"
+        items: List[Any] = []
+        entries: Dict[str, Any] = {}
         self.pos += 1
         while self.flow_char(n, opening) != closing:
-            start, item = self.pos, self.node(n, _YAML_FLOW)
+            start = self.pos
+            item = self.node(n, _YAML_FLOW)
             char = self.flow_char(n, opening)
             if closing == "]":
-                result.append(item)
+                items.append(item)
             elif char == ":":
-                self.check_key(result, item, start)
-                result[item] = (
-                    None if self.flow_char(n, opening) in ",}" else self.node(n, _YAML_FLOW)
-                )
+                self.check_key(entries, item, start)
+                empty = self.flow_char(n, opening) in ",}"
+                entries[item] = None if empty else self.node(n, _YAML_FLOW)
                 char = self.flow_char(n, opening)
             else:
                 self.fail(
@@ -876,12 +875,10 @@ class _Yaml:
             elif char != closing:
                 self.fail(f"`,` or `{closing}` expected; add it, or quote the text")
         self.pos += 1
-        return result
+        return items if closing == "]" else entries
 
-    def flow_char(self, n, opening):
-        """The next character between brackets. Lines are indented more than n, closing brackets
-        aside.
-        """
+    def flow_char(self, n: int, opening: int) -> str:
+        """Return the next character between brackets; all lines but theirs are indented over n."""
         self.skip()
         char = self.text[self.pos]
         if char == "\0":
@@ -892,8 +889,9 @@ class _Yaml:
             self.fail("too little indentation between brackets; indent the line more than the key")
         return char
 
-    def plain(self, n, style):
-        start, parts, gap = self.pos, [], ""
+    def plain(self, n: int, style: Tuple[Pattern[str], Pattern[str]]) -> Any:
+        start = self.pos
+        text = gap = ""
         if not style[0].match(self.text, start):
             char = self.text[start]
             if char in _YAML_UNSUPPORTED:
@@ -905,22 +903,23 @@ class _Yaml:
                 "its own"
             )
         while True:
-            end = style[1].search(self.text, self.pos).start()
+            end = self.find(style[1]).start()
             if end == self.pos:
                 break
-            parts += gap, self.text[self.pos : end].rstrip(" ")
+            text += gap + self.text[self.pos : end].rstrip(" ")
             self.pos = end
             if self.text[end] != "\n":
                 break
-            gap = _YAML_GAP.match(self.text, end).group()
+            gap = self.find(_YAML_GAP).group()
             end += len(gap)
             if len(gap) - gap.rindex("\n") - 1 <= n or self.text[end] == "#":
                 break
-            self.pos, gap = end, _fold(gap)
-        return self.resolve("".join(parts), start)
+            self.pos = end
+            gap = _fold(gap)
+        return self.resolve(text, start)
 
-    def resolve(self, text, start):
-        """The value of a plain scalar."""
+    def resolve(self, text: str, start: int) -> Any:
+        """Return the value of a plain scalar."""
         if text in _YAML_WORDS:
             return _YAML_WORDS[text]
         match = _YAML_SCALAR.fullmatch(text)
@@ -932,50 +931,57 @@ class _Yaml:
             )
         if kind == "int":
             return int(text, 0)
-        return text if not kind else float(text if kind == "float" else text.replace(".", ""))
+        if kind == "float":
+            return float(text)
+        return float(text.replace(".", "")) if kind == "special" else text
 
-    def quoted(self, n):
-        start, quote = self.pos, self.text[self.pos]
+    def quoted(self, n: int) -> str:
+        start = self.pos
+        quote = self.text[start]
         whole, special = _YAML_QUOTED[quote]
         match = whole.match(self.text, start)
         if not match:
             self.fail(f"the closing {quote} is missing; add it")
-        little = n >= 0 and re.compile(r"\n {0,%d}[^ \n]" % n).search(self.text, start, match.end())
-        if little:
+        shallow = re.search(r"\n {0,%d}[^ \n]" % n, match.group()) if n >= 0 else None
+        if shallow:
             self.fail(
                 "too little indentation in quotes; indent the line more than the key",
-                little.end() - 1,
+                start + shallow.end() - 1,
             )
         self.pos = match.end()
         return special.sub(
             lambda part: self.unescape(part.group(), start + 1 + part.start()), match.group(1)
         )
 
-    def unescape(self, found, pos):
-        if found == "''":
+    def unescape(self, part: str, pos: int) -> str:
+        if part == "''":
             return "'"
-        if found[0] != "\\":
-            return _fold(found)
-        if found[1] == "\n":
-            return "\n" * (found.count("\n") - 1)
-        if len(found) == 2 and found[1] in _YAML_ESCAPES:
-            return _YAML_ESCAPES[found[1]]
-        code = int(found[2:] or "-1", 16)
+        if part[0] != "\\":
+            return _fold(part)
+        if part[1] == "\n":
+            return "\n" * (part.count("\n") - 1)
+        if len(part) == 2 and part[1] in _YAML_ESCAPES:
+            return _YAML_ESCAPES[part[1]]
+        code = int(part[2:] or "-1", 16)
         if not 0 <= code <= 0x10FFFF or 0xD800 <= code <= 0xDFFF:
             self.fail(
-                f"unknown escape `{found}`; a backslash is `\\\\`, a character `\\U0001F600`", pos
+                f"unknown escape `{part}`; a backslash is `\\\\`, a character `\\U0001F600`", pos
             )
         return chr(code)
 
-    def literal(self, n):
-        """A `|` block: its text as it stands, less the indentation of the first line."""
+    def literal(self, n: int) -> str:
+        """Read a `|` block: its text as it stands, less the indentation of the first line."""
         header = _YAML_LITERAL.match(self.text, self.pos)
         if not header:
             self.fail("this `|` line is malformed; write only `|`, `|-` or `|+`, or quote the text")
-        chomp, digit = header.group(1) or header.group(4), header.group(2) or header.group(3)
-        indent, widest, lines, self.pos = digit and n + int(digit), 0, [], header.end()
+        chomp = header.group(1) or header.group(4)
+        digit = header.group(2) or header.group(3)
+        indent = n + int(digit) if digit else 0  # 0: not known yet
+        widest = 0
+        lines = []
+        self.pos = header.end()
         while self.text[self.pos] != "\0":
-            line = _YAML_LINE.match(self.text, self.pos).group()
+            line = self.find(_YAML_LINE).group()
             width = len(line) - len(line.lstrip(" "))
             if width < len(line):
                 indent = indent or max(width, n + 1)
@@ -1000,15 +1006,14 @@ class _Yaml:
         if chomp == "+":
             return text
         text = text.rstrip("\n")
-        return text + "\n" if text and not chomp else text
+        return text if chomp or not text else text + "\n"
 
 
 # --------------------------------------------------------------------------------------------------
 # Templates: mustache
 # --------------------------------------------------------------------------------------------------
 
-# Only a mistake exceeds these, as a partial that includes itself. A step counts as 16 characters of
-# output.
+# Only a mistake exceeds these, as a partial that includes itself. A step counts as 16 characters.
 _TEMPLATE_MAX_DEPTH = 200
 _TEMPLATE_MAX_SIZE = 64 << 20
 
@@ -1020,154 +1025,70 @@ class _Node(NamedTuple):
     kind: str  # "text", or a tag's sigil: # ^ > & { or "" for an escaped value
     text: str  # literal text, or the tag's name
     where: str  # FILE:LINE
-    body: Any  # of # and ^ the nodes inside, of > its indentation
+    indent: str = ""  # of >
+    body: Any = None  # of # and ^, the nodes inside
 
-    def __str__(self):
+    def __str__(self) -> str:
         return "{{%s%s%s" % (self.kind, self.text, "}}}" if self.kind == "{" else "}}")
 
 
-def render_template(template, context, partials=None, name="template", warn=None):
-    """Render a mustache template, by the core modules of https://github.com/mustache/spec; return
-    the text.
-
-    partials is asked as partials[name] for text; unlike in the specification a missing one is an
-    error. name is what messages call the template. warn(message) is called once for each tag that
-    names nothing, or whose value HTML escaping changed. No message contains a value, which may be a
-    secret. Raises TemplateError.
-    """
-    out, parsed, warned, room = [], {}, set(), _TEMPLATE_MAX_SIZE
-    work = [_each(_parse_template(template, name), [context], None)]  # recursion would overflow
-    while work:
-        node, scope = next(work[-1], (None, None))
-        if not node:
-            work.pop()
-            continue
-        text = ""
-        if node.kind == "text":
-            text = node.text
-        elif node.kind == "#":
-            work.append(_each(node.body, _section_items(node.text, scope), scope))
-        elif node.kind == "^":
-            if not _section_items(node.text, scope):
-                work.append(_each(node.body, scope[:1], scope[1]))  # the same scope again
-        elif node.kind == ">":
-            work.append(_each(_parse_partial(node, partials, parsed), scope[:1], scope[1]))
-        else:
-            text, warning = _interpolate(node, scope)
-            if warn and warning and warning not in warned:
-                warned.add(warning)
-                warn(warning)
-        out.append(text)
-        room -= len(text) + 16
-        if len(work) > _TEMPLATE_MAX_DEPTH:
-            raise TemplateError(
-                f"{node.where}: {node} is nested more than {_TEMPLATE_MAX_DEPTH} deep; "
-                "look for a partial that includes itself without an end"
-            )
-        if room < 0:
-            raise TemplateError(
-                f"{node.where}: the output grows beyond {_TEMPLATE_MAX_SIZE >> 20} MB; "
-                "look for partials or lists that multiply each other"
-            )
-    return "".join(out)
+_Scope = Tuple[Any, Any]  # an item, and the scope around it or None
+_Parsed = Dict[Tuple[str, str], List[_Node]]  # by the name of a partial and its indentation
 
 
-def _each(nodes, items, parent):
-    """Yield the nodes, once for each item, with their scope: (item, parent), parent being a scope
-    or None.
-    """
-    for item in items if nodes else ():  # an empty section must not take the time of its list
-        scope = (item, parent)
-        for node in nodes:
-            yield node, scope
-
-
-def _lookup(name, scope):
-    """The value that a name has in a scope; KeyError if it names nothing."""
-    if name == ".":
-        return scope[0]
-    first, *rest = name.split(".")
-    while scope and not (isinstance(scope[0], dict) and first in scope[0]):
-        scope = scope[1]
-    value = scope[0] if scope else {}
-    for key in [first] + rest:  # only the first is sought in outer scopes
-        if not isinstance(value, dict):
-            raise KeyError(key)
-        value = value[key]
-    return value
-
-
-def _section_items(name, scope):
-    """What a section is rendered for: the items of a list, or the value unless it is false."""
-    try:
-        value = _lookup(name, scope)
-    except KeyError:
-        return []
-    # The specification's cases leave open whether 0, "" and {} are false; to camus2's library they
-    # are true.
-    if value is None or value is False:
-        return []
-    return value if isinstance(value, list) else [value]
-
-
-def _interpolate(node, scope):
-    """The text of {{name}}, {{{name}}} or {{&name}}, and a warning or None."""
-    try:
-        value = _lookup(node.text, scope)
-        value = "" if value is None else value
-        raw = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    except KeyError:
-        return "", f"{node.where}: {node} names nothing"
-    except (TypeError, ValueError, RecursionError):
+def _read_tag(text: str, start: int, left: str, right: str, where: str) -> Tuple[str, str, int]:
+    """Return the sigil, the content and the end of the tag at start."""
+    sigil = next(_SIGIL.finditer(text, start + len(left)))
+    kind = sigil.group(1)
+    closing = {"{": "}", "=": "="}.get(kind, "") + right
+    stop = text.find(closing, sigil.end())
+    name = text[sigil.end() : stop].strip()
+    if stop < 0 or (kind not in ("!", "=") and (left in name or "\n" in name)):
+        beginning = text[start : start + 40].split("\n")[0].rstrip()
         raise TemplateError(
-            f"{node.where}: {node} has a value that can't be written as JSON"
-        ) from None
-    text = (
-        raw.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")
-    )
-    if node.kind or text == raw:
-        return raw, None
-    return (
-        text,
-        f"{node.where}: HTML escaping changed {node}; use {node._replace(kind='{')} to keep it",
-    )
+            f"{where}: the tag that begins with {beginning} is not closed; end it with {closing}"
+        )
+    if kind == "=" and (len(name.split()) != 2 or "=" in name):
+        raise TemplateError(
+            f"{where}: to set delimiters takes two of them, as in {left}=<% %>={right}"
+        )
+    if not name and kind != "!":
+        raise TemplateError(
+            f"{where}: the tag {left}{kind}{closing} is empty; write a name into it"
+        )
+    if kind in ("<", "$") or kind == ">" and name[0] == "*":
+        raise TemplateError(
+            f"{where}: {left}{kind}{name}{right} is not supported; "
+            "inherited templates and dynamic names are not part of the core"
+        )
+    return kind, name, stop + len(closing)
 
 
-def _parse_partial(node, partials, parsed):
-    """The nodes of the partial that node includes; parsed keeps those of one rendering."""
-    key = (node.text, node.body)
-    if key not in parsed:
-        try:
-            text = ({} if partials is None else partials)[node.text]
-        except KeyError:
-            raise TemplateError(
-                f"{node.where}: {node} names a partial that does not exist; add it"
-            ) from None
-        # Indented before it is parsed, so that the later lines of a value are not.
-        parsed[key] = _parse_template(re.sub(r"(?m)^(?!\Z)", node.body, text), node.text)
-    return parsed[key]
-
-
-def _parse_template(text, file):
+def _parse_template(text: str, file: str) -> List[_Node]:
     """Parse a template to a list of nodes; file is its name in messages."""
-    nodes, opened = [], []  # opened: each open section, and the list that goes on after it
-    left, right, pos, line = "{{", "}}", 0, 1
+    nodes: List[_Node] = []
+    opened: List[Tuple[_Node, List[_Node]]] = []  # an open section, and the list that goes on after
+    left, right = "{{", "}}"
+    pos = 0
+    line = 1
     start = text.find(left)
     while start >= 0:
         before = text[pos:start]
         line += before.count("\n")
         where = f"{file}:{line}"
         kind, name, end = _read_tag(text, start, left, right, where)
-        indent, rest = before[before.rfind("\n") + 1 :], _REST_OF_LINE.match(text, end)
+        indent = before[before.rfind("\n") + 1 :]
+        rest = _REST_OF_LINE.match(text, end)
         # Alone on its line? To look back no further than the tag before keeps this linear.
         begins = indent != before or pos == 0 or text[pos - 1] == "\n"
         if kind in tuple("#^/>!=") and begins and rest and not indent.strip(" \t"):
-            before, end = before[: len(before) - len(indent)], rest.end()
+            before = before[: len(before) - len(indent)]
+            end = rest.end()
         else:
             indent = ""
-        node = _Node(kind, name, where, [] if kind in ("#", "^") else indent)
+        node = _Node(kind, name, where, indent, [])
         if before:
-            nodes.append(_Node("text", before, where, None))
+            nodes.append(_Node("text", before, where))
         if kind in ("#", "^"):
             nodes.append(node)
             opened.append((node, nodes))
@@ -1186,41 +1107,145 @@ def _parse_template(text, file):
         elif kind != "!":
             nodes.append(node)
         line += text.count("\n", start, end)
-        pos, start = end, text.find(left, end)
+        pos = end
+        start = text.find(left, end)
     if opened:
         section = opened[-1][0]
         raise TemplateError(
             f"{section.where}: {section} is never closed; add {section._replace(kind='/')}"
         )
-    return nodes + [_Node("text", text[pos:], f"{file}:{line}", None)]
+    return nodes + [_Node("text", text[pos:], f"{file}:{line}")]
 
 
-def _read_tag(text, start, left, right, where):
-    """The sigil, the content and the end of the tag at start."""
-    sigil = _SIGIL.match(text, start + len(left))
-    kind = sigil.group(1)
-    closing = {"{": "}", "=": "="}.get(kind, "") + right
-    stop = text.find(closing, sigil.end())
-    name = text[sigil.end() : stop].strip()
-    if stop < 0 or (kind not in ("!", "=") and (left in name or "\n" in name)):
-        shown = text[start : start + 40].split("\n")[0].rstrip()
+def _parse_partial(
+    node: _Node, partials: Optional[Mapping[str, str]], parsed: _Parsed
+) -> List[_Node]:
+    """Return the nodes of the partial that node includes; parsed keeps those of one rendering."""
+    key = (node.text, node.indent)
+    if key not in parsed:
+        try:
+            text = (EMPTY if partials is None else partials)[node.text]
+        except KeyError:
+            raise TemplateError(
+                f"{node.where}: {node} names a partial that does not exist; add it"
+            ) from None
+        # Indented before it is parsed, so that the later lines of a value are not.
+        parsed[key] = _parse_template(re.sub(r"(?m)^(?!\Z)", node.indent, text), node.text)
+    return parsed[key]
+
+
+def _lookup(name: str, scope: _Scope) -> Any:
+    """Return the value that a name has in a scope; KeyError if it names nothing."""
+    if name == ".":
+        return scope[0]
+    keys = name.split(".")
+    outer: Optional[_Scope] = scope
+    while outer and not (isinstance(outer[0], dict) and keys[0] in outer[0]):
+        outer = outer[1]
+    value = outer[0] if outer else {}
+    for key in keys:  # only the first is sought in outer scopes
+        if not isinstance(value, dict):
+            raise KeyError(key)
+        value = value[key]
+    return value
+
+
+def _section_items(name: str, scope: _Scope) -> List[Any]:
+    """Return what a section is rendered for: a list's items, or the value unless it is false."""
+    try:
+        value = _lookup(name, scope)
+    except KeyError:
+        return []
+    # Whether 0, "" and {} are false the specification leaves open; camus2 takes them for true.
+    if value is None or value is False:
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+def _interpolate(node: _Node, scope: _Scope) -> Tuple[str, str]:
+    """Return the text of {{name}}, {{{name}}} or {{&name}}, and a warning or ""."""
+    try:
+        value = _lookup(node.text, scope)
+        value = "" if value is None else value
+        raw = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    except KeyError:
+        return "", f"{node.where}: {node} names nothing"
+    except (TypeError, ValueError, RecursionError):
         raise TemplateError(
-            f"{where}: the tag that begins with {shown} is not closed; end it with {closing}"
-        )
-    if kind == "=" and (len(name.split()) != 2 or "=" in name):
-        raise TemplateError(
-            f"{where}: to set delimiters takes two of them, as in {left}=<% %>={right}"
-        )
-    if not name and kind != "!":
-        raise TemplateError(
-            f"{where}: the tag {left}{kind}{closing} is empty; write a name into it"
-        )
-    if kind in ("<", "$") or (kind == ">" and name[0] == "*"):
-        raise TemplateError(
-            f"{where}: {left}{kind}{name}{right} is not supported; "
-            "inherited templates and dynamic names are not part of the core"
-        )
-    return kind, name, stop + len(closing)
+            f"{node.where}: {node} has a value that can't be written as JSON"
+        ) from None
+    text = (
+        raw.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")
+    )
+    if node.kind or text == raw:
+        return raw, ""
+    unescaped = node._replace(kind="{")
+    return text, f"{node.where}: HTML escaping changed {node}; use {unescaped} to keep it"
+
+
+def _each(
+    nodes: List[_Node], items: Sequence[Any], parent: Optional[_Scope]
+) -> Iterator[Tuple[_Node, _Scope]]:
+    """Yield the nodes, once for each item, with their scope: (item, parent)."""
+    for item in items if nodes else ():  # an empty section must not take the time of its list
+        scope = (item, parent)
+        for node in nodes:
+            yield node, scope
+
+
+def render_template(
+    template: str,
+    context: Any,
+    partials: Optional[Mapping[str, str]] = None,
+    name: str = "template",
+    warn: Callable[[str], None] = lambda message: None,
+) -> str:
+    """Render a mustache template, by the core modules of https://github.com/mustache/spec.
+
+    partials is asked as partials[name] for text; unlike in the specification a missing one is an
+    error. name is what messages call the template. warn(message) is called once for each tag that
+    names nothing, or whose value HTML escaping changed. No message contains a value, which may be a
+    secret. Raises TemplateError.
+    """
+    output = []
+    parsed: _Parsed = {}
+    warned: Set[str] = set()
+    room = _TEMPLATE_MAX_SIZE
+    work = [_each(_parse_template(template, name), [context], None)]  # recursion would overflow
+    while work:
+        step = next(work[-1], None)
+        if not step:
+            work.pop()
+            continue
+        node, scope = step
+        text = ""
+        if node.kind == "text":
+            text = node.text
+        elif node.kind == "#":
+            work.append(_each(node.body, _section_items(node.text, scope), scope))
+        elif node.kind == "^":
+            if not _section_items(node.text, scope):
+                work.append(_each(node.body, scope[:1], scope[1]))  # the same scope again
+        elif node.kind == ">":
+            work.append(_each(_parse_partial(node, partials, parsed), scope[:1], scope[1]))
+        else:
+            text, warning = _interpolate(node, scope)
+            if warning and warning not in warned:
+                warned.add(warning)
+                warn(warning)
+        output.append(text)
+        room -= len(text) + 16
+        if len(work) > _TEMPLATE_MAX_DEPTH:
+            raise TemplateError(
+                f"{node.where}: {node} is nested more than {_TEMPLATE_MAX_DEPTH} deep; "
+                "look for a partial that includes itself without an end"
+            )
+        if room < 0:
+            raise TemplateError(
+                f"{node.where}: the output grows beyond {_TEMPLATE_MAX_SIZE >> 20} MB; "
+                "look for partials or lists that multiply each other"
+            )
+    return "".join(output)
 
 
 # --------------------------------------------------------------------------------------------------
