@@ -42,7 +42,6 @@ from typing import (
     Sequence,
     Set,
     Tuple,
-    Union,
 )
 
 VERSION = "0.1.0"
@@ -173,13 +172,23 @@ class Location(NamedTuple):
         return ConfigError(f"{self.path or 'the document'}: found {printed}, expected {allowed}")
 
 
+class Variant(NamedTuple):
+    """One of several kinds, as {s3: URL}; `value` is "" of a kind that takes none."""
+
+    name: str
+    value: str = ""
+
+
 # Spellings that older configurations use.
 ALIASES = {"releasesDir": "deploysDir", "S3": "s3"}
 EMPTY: Mapping[str, Any] = MappingProxyType({})
+DECODERS: Dict[Any, Decoder] = {}  # of types that are written in ways of their own
 
 
 def decode(kind: Any, value: Any, at: Location) -> Any:
     """Decode by an annotation: a record, an Optional, Sequence or Mapping of such, or a decoder."""
+    if kind in DECODERS:
+        return DECODERS[kind](value, at)
     if hasattr(kind, "_fields"):
         return decode_object(kind, value, at)
     inner: Tuple[Any, ...] = getattr(kind, "__args__", ())
@@ -313,36 +322,6 @@ def variant(**cases: Any) -> Decoder:
     return decode_variant
 
 
-def decode_ports(value: Any, at: Location) -> "PortRange":
-    if isinstance(value, list) and len(value) == 2:
-        value = {"v1": value[0], "v2": value[1]}
-    ports = decode(PortRange, value, at)
-    if ports.v1 >= ports.v2:
-        raise at.expected(value, "v1 below v2: the ports are v1 <= port < v2")
-    return ports
-
-
-def decode_etype(value: Any, at: Location) -> "Optional[CertificateSource]":
-    cases = {"httpOnly": None, "httpsWithRedirect": decode_certificate_source}
-    return decode_union(value, at, cases)[1]
-
-
-def decode_certificate_source(value: Any, at: Location) -> "CertificateSource":
-    cases = {"generated": None, "explicit": SslCert}
-    return CertificateSource(decode_union(value or "generated", at, cases)[1])
-
-
-def decode_mode(value: Any, at: Location) -> "Optional[ProxyMode]":
-    return decode_union(value, at, {"noproxy": None, "proxy": ProxyMode})[1]
-
-
-class Variant(NamedTuple):
-    """One of several kinds, as {s3: URL}; `value` is "" of a kind that takes none."""
-
-    name: str
-    value: str = ""
-
-
 if TYPE_CHECKING:  # for checkers and editors a plain type, at run time the decoder
     Text = str
     Script = str
@@ -366,9 +345,6 @@ if TYPE_CHECKING:  # for checkers and editors a plain type, at run time the deco
     ReleaseSource = Variant
     ConfigSource = Variant
     SlaveLabel = Variant
-    Ports = Union["PortRange"]
-    Etype = Optional["CertificateSource"]
-    DeployMode = Optional["ProxyMode"]
 else:
     Text = decode_text
     Script = decode_script
@@ -407,14 +383,23 @@ else:
     ReleaseSource = variant(localdir=FilePath, s3=S3Url, http=HttpUrl)
     ConfigSource = variant(file=FilePath, s3=S3Url, awsSecretArn=SecretId, http=HttpUrl)
     SlaveLabel = variant(ec2InstanceId=None, label=Label)
-    Ports = decode_ports
-    Etype = decode_etype
-    DeployMode = decode_mode
 
 
 class PortRange(NamedTuple):
     v1: Port
     v2: RangeEnd
+
+
+def decode_ports(value: Any, at: Location) -> PortRange:
+    if isinstance(value, list) and len(value) == 2:
+        value = {"v1": value[0], "v2": value[1]}
+    ports = decode_object(PortRange, value, at)
+    if ports.v1 >= ports.v2:
+        raise at.expected(value, "v1 below v2: the ports are v1 <= port < v2")
+    return ports
+
+
+DECODERS[PortRange] = decode_ports
 
 
 class SslCert(NamedTuple):
@@ -432,9 +417,23 @@ class CertificateSource(NamedTuple):
         return not self.files
 
 
+def decode_certificate_source(value: Any, at: Location) -> CertificateSource:
+    cases = {"generated": None, "explicit": SslCert}
+    given = "generated" if value is None else value
+    return CertificateSource(decode_union(given, at, cases)[1])
+
+
+def decode_etype(value: Any, at: Location) -> Optional[CertificateSource]:
+    cases = {"httpOnly": None, "httpsWithRedirect": decode_certificate_source}
+    return decode_union(value, at, cases)[1]
+
+
+DECODERS[Optional[CertificateSource]] = decode_etype
+
+
 class EndPoint(NamedTuple):
     server_names: Sequence[ServerName]
-    etype: Etype
+    etype: Optional[CertificateSource]
 
     @property
     def certificate(self) -> Optional[CertificateSource]:
@@ -453,7 +452,7 @@ class ProxyMode(NamedTuple):
 
     end_points: Mapping[Label, EndPoint]
     remote_state_s3: Optional[S3Url] = None
-    dynamic_port_range: Ports = PortRange(8000, 8100)
+    dynamic_port_range: PortRange = PortRange(8000, 8100)
     slave_label: SlaveLabel = Variant("ec2InstanceId")
     slave_interface_name: Text = "eth0"
     nginx_conf_template_path: Optional[FilePath] = None
@@ -465,6 +464,13 @@ class ProxyMode(NamedTuple):
     container_name: DockerName = "frontendproxy"
 
 
+def decode_mode(value: Any, at: Location) -> Optional[ProxyMode]:
+    return decode_union(value, at, {"noproxy": None, "proxy": ProxyMode})[1]
+
+
+DECODERS[Optional[ProxyMode]] = decode_mode
+
+
 class Config(NamedTuple):
     """The configuration, with the defaults of the manual."""
 
@@ -473,7 +479,7 @@ class Config(NamedTuple):
     context_cache: FilePath = "/opt/config"
     log_file: FilePath = "/opt/var/log/camus2.log"
     config_sources: Mapping[SourceName, ConfigSource] = EMPTY
-    deploy_mode: DeployMode = None
+    deploy_mode: Optional[ProxyMode] = None
     health_check: Optional[HealthCheck] = HealthCheck()
     nginx_docker_image: DockerImage = "nginx"
     nginx_docker_version: DockerImage = "latest"
@@ -492,6 +498,7 @@ class Config(NamedTuple):
 
     @property
     def proxy(self) -> ProxyMode:
+        """Return the proxy's settings; ConfigError where there is none: ask `has_proxy` before."""
         if not self.deploy_mode:
             raise ConfigError("this needs the proxy, but deployMode is noproxy; see c2 help")
         return self.deploy_mode
@@ -547,26 +554,6 @@ def parse_json(source: str, what: str) -> Any:
         raise C2Error(f"{what}: not valid JSON: {e}") from None
 
 
-def decode_config(value: Any, base: str, warn: Callable[[str], None]) -> Config:
-    """Decode the configuration, a parsed document.
-
-    base: directory that relative paths start from; warn: called with a sentence about what is only
-    doubtful. Raises ConfigError with the path of what is wrong.
-    """
-    config: Config = decode(Config, value, Location("", base, warn))
-    mode = config.deploy_mode
-    if mode:
-        check_end_points(mode)
-        check_ports(mode)
-    health = config.health_check
-    if mode and health and health.endpoint and health.endpoint not in mode.end_points:
-        raise ConfigError(
-            f"healthCheck.endpoint: {health.endpoint} is not an endpoint; those of "
-            f"deployMode.proxy.endPoints are {', '.join(sorted(mode.end_points))}"
-        )
-    return config
-
-
 def check_end_points(mode: ProxyMode) -> None:
     """Raise ConfigError for endpoints that their decoders alone can't refuse."""
     owners: Dict[str, str] = {}
@@ -596,6 +583,26 @@ def check_ports(mode: ProxyMode) -> None:
             )
     if mode.http_port == mode.https_port:
         raise ConfigError(f"deployMode.proxy.httpsPort: {mode.https_port} is the httpPort already")
+
+
+def decode_config(value: Any, base: str, warn: Callable[[str], None]) -> Config:
+    """Decode the configuration, a parsed document.
+
+    base: directory that relative paths start from; warn: called with a sentence about what is only
+    doubtful. Raises ConfigError with the path of what is wrong.
+    """
+    config: Config = decode(Config, value, Location("", base, warn))
+    mode = config.deploy_mode
+    if mode:
+        check_end_points(mode)
+        check_ports(mode)
+    health = config.health_check
+    if mode and health and health.endpoint and health.endpoint not in mode.end_points:
+        raise ConfigError(
+            f"healthCheck.endpoint: {health.endpoint} is not an endpoint; those of "
+            f"deployMode.proxy.endPoints are {', '.join(sorted(mode.end_points))}"
+        )
+    return config
 
 
 # --------------------------------------------------------------------------------------------------
