@@ -2397,6 +2397,22 @@ def replace_file(path: str, content: Any, mode: int = 0o644) -> None:
     sync_dir(os.path.dirname(path))
 
 
+def write_output(path: str, content: str, mode: int) -> None:
+    """Replace a file, but write through a link or a device, which stays what it is."""
+    if not os.path.lexists(path) or os.path.isfile(path) and not os.path.islink(path):
+        return replace_file(path, content, mode)
+    fd = -1
+    for own in (1, 2):  # /dev/stdout: opened anew, a file would be truncated, and a socket can't be
+        with contextlib.suppress(OSError):
+            if os.path.samefile(path, f"/dev/fd/{own}"):
+                fd = os.dup(own)
+                break
+    if fd < 0:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    with with_path(path), open(fd, "wb") as f:
+        f.write(content.encode("utf-8"))
+
+
 def sync_dir(path: str) -> None:
     fd = os.open(path or ".", os.O_RDONLY)
     try:
@@ -3634,7 +3650,12 @@ def inside(path: str, directory: str) -> bool:
 
 
 def expand_file(
-    template: str, to: str, context: dict, warn: Callable[[str], None], shown: str
+    template: str,
+    to: str,
+    context: dict,
+    warn: Callable[[str], None],
+    shown: str,
+    write: Callable[[str, str, int], None] = replace_file,
 ) -> None:
     """Expand a template file to the file `to`, which takes its mode, less what lets others write;
     `shown` names it in messages.
@@ -3642,11 +3663,8 @@ def expand_file(
     source = read_file(template)
     if source is None:
         raise C2Error(f"there is no template {shown}")
-    replace_file(
-        to,
-        render_template(source, context, Partials(os.path.dirname(template)), shown, warn),
-        os.stat(template).st_mode & 0o755,
-    )
+    text = render_template(source, context, Partials(os.path.dirname(template)), shown, warn)
+    write(to, text, os.stat(template).st_mode & 0o755)
 
 
 def prepare_release(host: Host, name: str, directory: str, context: dict) -> Release:
@@ -6439,9 +6457,11 @@ def cmd_unpack(host: Host, args: Any) -> None:
     argument("out", metavar="OUT"),
 )
 def cmd_expand_template(host: Host, args: Any) -> None:
-    expand_file(
-        args.template, args.out, load_context(host), lambda m: say(f"warning: {m}"), args.template
-    )
+    def warn(message: str) -> None:
+        say(f"warning: {message}")
+
+    context = load_context(host)
+    expand_file(args.template, args.out, context, warn, args.template, write=write_output)
 
 
 @subcommand(

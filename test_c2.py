@@ -3283,6 +3283,37 @@ class Context(Sandbox):
             "no template none.tpl", self.c2("expand-template", "none.tpl", "t", code=1).err
         )
 
+    def test_what_a_template_is_expanded_to_stays_what_it_is(self):
+        self.configure()
+        self.write("t.tpl", "{{! }}text\n", 0o600)
+        self.write("target", "longer than that", 0o640)
+        os.symlink("target", self.path("link"))
+        os.symlink("made", self.path("dangling"))
+        os.symlink(
+            "/proc/self/fd/1", self.path("stdout")
+        )  # as /dev/stdout is, where that is at hand
+        os.mkfifo(self.path("fifo"))
+        fifo = os.open(self.path("fifo"), os.O_RDONLY | os.O_NONBLOCK)
+        self.addCleanup(os.close, fifo)
+
+        def kinds():
+            return [stat.S_IFMT(os.lstat(self.path(out)).st_mode) for out in outs]
+
+        outs = ("link", "dangling", "stdout", "fifo")
+        before = kinds()
+        said = "".join(self.c2("expand-template", "t.tpl", out).out for out in outs)
+        self.assertEqual(before, kinds())
+        self.assertEqual("text\n", said)
+        self.assertEqual(b"text\n", os.read(fifo, 99))
+        for name, mode in (("target", 0o640), ("made", 0o600)):
+            self.assertEqual("text\n", self.read(name))
+            self.assertEqual(mode, os.stat(self.path(name)).st_mode & 0o777, name)
+        command = '"$0" bin/c2 expand-template t.tpl stdout >> target'
+        subprocess.check_call(["sh", "-c", command, sys.executable], cwd=self.dir, env=self.env)
+        self.assertEqual("text\ntext\n", self.read("target"))
+        self.c2("expand-template", "t.tpl", "target")
+        self.assertEqual(0o600, os.stat(self.path("target")).st_mode & 0o777)
+
     def test_retry(self):
         self.configure(configSources={"app": {"file": self.path("late.json")}})
         config = c2.load_config(self.path("etc", "camus2.json"))
