@@ -2519,9 +2519,30 @@ def utc_now(moment: Optional[float] = None) -> str:
     )
 
 
+# What a terminal obeys, but for tabs and line ends; then what turns the direction of writing, and
+# what only some readers take for a line end.
+CONTROLS = r"[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
+
+
 def printable(message: str) -> str:
     """A text with its control characters, but for tabs and line ends, spelled out."""
-    return re.sub(r"[\0-\x08\x0b-\x1f\x7f-\x9f]", lambda m: ascii(m.group())[1:-1], message)
+    return re.sub(CONTROLS, lambda m: ascii(m.group())[1:-1], message)
+
+
+def one_line(name: str) -> str:
+    return printable(name).replace("\n", "\\n")
+
+
+def printable_output(output: str) -> str:
+    """What a program has written, of whose control sequences only colours reach the terminal."""
+    parts = re.split("(\x1b\\[[0-9;]*m)", re.sub("\r\n?", "\n", output))
+    return "".join(part if i % 2 else printable(part) for i, part in enumerate(parts))
+
+
+def readable_json(value: Any, **options: Any) -> str:
+    """JSON with letters as they are, which steers no terminal."""
+    source = json.dumps(value, ensure_ascii=False, **options)
+    return re.sub(CONTROLS, lambda m: f"\\u{ord(m.group()):04x}", source)
 
 
 def say(message: str) -> None:
@@ -2608,7 +2629,7 @@ class Log:
             "message": message,
         }
         entry.update((k, masked(v, self.secrets)) for k, v in fields.items() if v not in (None, ""))
-        line = json.dumps(entry, ensure_ascii=False) + "\n"
+        line = readable_json(entry) + "\n"
         try:
             make_dir(os.path.dirname(self.path))
             with open(
@@ -3002,15 +3023,31 @@ class OutputTail:
     """
 
     def __init__(self, path: str) -> None:
-        self.file = open(path, "rb")
+        self.file, self.held = open(path, "rb"), b""
         self.file.seek(0, os.SEEK_END)
         self.begin = self.file.tell()
 
-    def show(self) -> None:
+    # At the end of what has come: the half of a line end, of a colour or of a character.
+    HALF = re.compile(
+        rb"(\r|\x1b(\[[0-9;]{0,20})?|[\xc2-\xdf]|[\xe0-\xef][\x80-\xbf]?"
+        rb"|[\xf0-\xf4][\x80-\xbf]{0,2})\Z"
+    )
+
+    def show(self, last: bool = False) -> None:
+        """Show what has come; a half waits for the rest, unless it is the last."""
         for chunk in iter(lambda: self.file.read(65536), b""):
-            with contextlib.suppress(OSError, ValueError, AttributeError):
-                sys.stderr.buffer.write(chunk)
-                sys.stderr.flush()
+            self.write(self.held + chunk, False)
+        if last:
+            self.write(self.held, True)
+
+    def write(self, output: bytes, last: bool) -> None:
+        half = None if last else self.HALF.search(output)
+        end = half.start() if half else len(output)
+        self.held = output[end:]
+        shown = printable_output(output[:end].decode("utf-8", "backslashreplace"))
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            sys.stderr.buffer.write(shown.encode("utf-8"))
+            sys.stderr.flush()
 
     def last(self) -> str:
         self.file.seek(max(self.begin, self.file.seek(0, os.SEEK_END) - 65536))
@@ -3075,7 +3112,7 @@ def run_command(host: Host, journal: Journal, deploy: Deploy, kind: str, directo
         raise
     finally:
         with contextlib.suppress(OSError):
-            follower.show()
+            follower.show(last=True)
     if code:
         ended = f"was ended by signal {-code}" if code < 0 else f"exited {code}"
         end_group(process.pid)
@@ -3363,7 +3400,10 @@ def require_release(config: Config, name: str) -> None:
     if store.exists(name):
         return
     try:
-        hint = nearest(name, store.names()) or "; c2 list-releases shows what is there"
+        hint = (
+            nearest(name, [*map(one_line, store.names())])
+            or "; c2 list-releases shows what is there"
+        )
     except (C2Error, OSError) as e:
         hint = f"; {e}"
     raise C2Error(f"there is no release {name} in {store.label}{hint}")
@@ -5285,7 +5325,7 @@ def foreign_record(key: str) -> Record:
 def read_record(label: str, path: str) -> Record:
     found = os.stat(path)
     if not re.fullmatch(LABEL, label):
-        return foreign_record(f"{label}/state.json")
+        return foreign_record(one_line(f"{label}/state.json"))
     moment = found.st_mtime  # sync sets it to the object's
     if found.st_size > RECORD_BYTES:
         size = f"the record has {found.st_size >> 20} MB and is not read"
@@ -6273,7 +6313,7 @@ def cmd_status(host: Host, args: Any) -> None:
     lines = certificate_lines(
         certificates, now, sys.stdout.isatty() and "NO_COLOR" not in os.environ
     )
-    emit(status_text(config, state, runs, lines) + "\n")
+    emit(printable_output(status_text(config, state, runs, lines)) + "\n")
     report_unfinished(config)
 
 
@@ -6380,8 +6420,8 @@ def cmd_slave_flush(host: Host, args: Any) -> None:
 @subcommand("list the releases in the store, newest first", "c2 list-releases", JSON)
 def cmd_list_releases(host: Host, args: Any) -> None:
     names = release_store(host.config).names()
-    listed = "".join(name + "\n" for name in names)
-    emit(json.dumps(names, indent=2, ensure_ascii=False) + "\n" if args.json else listed)
+    listed = "".join(one_line(name) + "\n" for name in names)
+    emit(readable_json(names, indent=2) + "\n" if args.json else listed)
 
 
 @subcommand(
@@ -6404,17 +6444,17 @@ def cmd_show_log(host: Host, args: Any) -> None:
             entry = json.loads(line)
             where = f"{entry['time']} {entry['level']:7} {entry['command']}: {entry['message']}"
             output = "".join(f"\n    | {o}" for o in entry.get("output", "").splitlines())
-            return where + output + "\n"
+            return printable(where.replace("\n", "\n    ") + output) + "\n"
         except (ValueError, KeyError, TypeError, AttributeError):
-            return line
+            return printable(line)
 
     try:
         with open(path, encoding="utf-8", errors="backslashreplace") as f:
             for line in deque(f, args.number):
-                emit(line if args.json else shown(line))
+                emit(printable(line) if args.json else shown(line))
             while args.follow:
                 line = f.readline()
-                emit(line if args.json else shown(line)) if line else time.sleep(0.2)
+                emit(printable(line) if args.json else shown(line)) if line else time.sleep(0.2)
     except FileNotFoundError:
         say(f"there is no log yet at {path}")
 
@@ -6607,7 +6647,7 @@ def parser() -> Any:
                 "unrecognized arguments: [^-]", message
             ):  # as of `connect main --force web`
                 message += " (options stand before or after the names, not between them)"
-            self.exit(2, f"c2: {message}; see {self.prog} --help\n")
+            self.exit(2, f"c2: {printable(message)}; see {self.prog} --help\n")
 
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(

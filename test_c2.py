@@ -4185,6 +4185,61 @@ class NoProxy(OneHost):
         self.assertEqual(err.count("can't write the log"), 1)
         self.assertEqual(self.current(), "a")
 
+    EVIL = "\x1b[2J\x1b]0;title\x07 \b\x9b2J \u202eesrever\u202c \u2066x\u2069 \u2028 \x00"
+    CONTROLS = "[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
+
+    def test_no_output_steers_a_terminal(self):
+        self.write("evil", self.EVIL + "\x1b[1;31mred\x1b[m\ta\r\nb\rc \u00e9\n")
+        fails = (
+            "echo \"# $(tr -d '\\0' <../../evil)\" >&2; cat ../../evil; printf 'end\\033[3'; exit 3"
+        )
+        self.release("fails.zip", startCommand=fails)
+        self.marked("odd\nc2: error: \x1b[2J\u202e.zip")
+        self.marked("caf\u00e9.zip")
+        texts = [self.c2("start", "fails.zip", code=1).err, self.read("log.json")]
+        self.assertIn("\x1b[1;31mred\x1b[m\ta\nb\nc \u00e9\n", texts[0])
+        self.assertEqual(texts[0].count(r"end\x1b[3"), 2)  # as it came, and in the error
+        self.assertIn(r"\x1b[2J\x1b]0;title\x07 \x08\x9b2J \u202eesrever\u202c \u2066x", texts[0])
+        texts[0] = texts[0].replace("\x1b[1;31m", "").replace("\x1b[m", "")
+        texts.append(self.c2("unpack", "caf\u00e8.zip", "x", code=1).err)
+        texts.append(self.c2("unpack", "odd\u202e.zip", "x", code=1).err)
+        self.marked("odd\nc2.zip")
+        self.assertIn(r"mean odd\nc2.zip?", self.c2("unpack", "odd-c2.zip", "x", code=1).err)
+        texts.append(self.c2("status", "\x1b[2J", code=2).err)
+        listed = self.c2("list-releases").out
+        self.assertEqual(
+            sorted(listed.splitlines()),
+            ["caf\u00e9.zip", "fails.zip", r"odd\nc2.zip", r"odd\nc2: error: \x1b[2J\u202e.zip"],
+        )
+        texts += [listed, self.c2("list-releases", "--json").out]
+        self.assertIn("odd\nc2: error: \x1b[2J\u202e.zip", json.loads(texts[-1]))
+        with open(self.path("log.json"), "a", encoding="utf-8") as f:
+            f.write(self.EVIL + "\n")
+            entry = {"time": "t", "level": "info", "command": "c", "message": "a\nb" + self.EVIL}
+            f.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        texts += [self.c2("show-log").out, self.c2("show-log", "--json").out]
+        self.assertRegex(texts[-2], r"(?m)^t info +c: a\n    b\\x1b\[2J")
+        for text in texts:
+            self.assertEqual(re.findall(self.CONTROLS, text), [], repr(text))
+
+    def test_a_colour_or_a_letter_that_comes_in_pieces(self):
+        whole = "\x1b[1;31mr\u00e9\u20ac\U0001f600\x1b[0m\r\n\x1b[2Jx\u202e\n".encode()
+        path, shown = self.write("out", ""), []
+        for cut in range(len(whole) + 1):
+            for broken in (b"", b"\x1b[3", b"\xe2\x82", b"\r"):
+                with mock.patch.object(c2.sys, "stderr", io.TextIOWrapper(io.BytesIO())):
+                    follower = c2.OutputTail(path)
+                    for piece in (whole[:cut], whole[cut:] + broken):
+                        with open(path, "ab") as f:
+                            f.write(piece)
+                        follower.show()
+                    follower.show(last=True)
+                    follower.file.close()
+                    shown.append(c2.sys.stderr.buffer.getvalue().decode("utf-8"))
+        text = "\x1b[1;31mr\u00e9\u20ac\U0001f600\x1b[0m\n" + r"\x1b[2Jx\u202e" + "\n"
+        ends = {text + end for end in ("", r"\x1b[3", r"\xe2\x82", "\n")}
+        self.assertEqual(set(shown), ends)
+
     def test_a_log_that_is_no_file_is_refused_at_once(self):
         target = self.write("target", "")
         os.symlink(target, self.path("link"))
