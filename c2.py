@@ -2401,6 +2401,8 @@ def write_output(path: str, content: str, mode: int) -> None:
     """Replace a file, but write through a link or a device, which stays what it is."""
     if not os.path.lexists(path) or os.path.isfile(path) and not os.path.islink(path):
         return replace_file(path, content, mode)
+    if os.path.islink(path) and os.lstat(path).st_uid not in (0, os.geteuid()):
+        raise C2Error(f"{path} is a link that another user has made; remove it, or write elsewhere")
     fd = -1
     for own in (1, 2):  # /dev/stdout: opened anew, a file would be truncated, and a socket can't be
         with contextlib.suppress(OSError):

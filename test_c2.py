@@ -3255,7 +3255,7 @@ class Context(Sandbox):
         for content, words in [
             ('{"secret": hush}', "not valid JSON.*line 1 column 12"),
             ('{"a":1,"a":2}', "twice"),
-            (r'["\ud800"]', "half a character"),
+            (r'["\ud800"]', "unpaired surrogate"),
             ("[NaN]", "NaN"),
             (b"\xff\xfe", "UTF-8"),
             ("", "not valid JSON"),
@@ -3685,8 +3685,13 @@ class Releases(Sandbox):
                     shutil.rmtree(out)
                     make(out) if kind != "directory" else None
                     template = self.write("x.tpl", "{{app.name}}")
-                    self.assertEqual(c2.main(config + ["expand-template", template, out]), 0)
-                    self.assertEqual((self.read(out), os.path.islink(out)), ("web", False))
+                    theirs = kind == "link" and os.geteuid() == 0
+                    if theirs:
+                        os.lchown(out, 65534, 65534)
+                    if kind != "link" or theirs:
+                        code = c2.main(config + ["expand-template", template, out])
+                        self.assertEqual(code, 1 if theirs else 0)
+                        self.assertTrue(theirs or self.read(out) == "web")
                     os.unlink(out)
                 self.assertEqual((self.tree(shared), self.read("victim")), (before, "precious"))
                 shutil.rmtree(shared)
@@ -4370,14 +4375,14 @@ class Merging(unittest.TestCase):
             return rename(*args)
 
         with mock.patch.object(os, "rename", interrupted), contextlib.suppress(KeyboardInterrupt):
-            c2.stderr_to_stdout(host, c2.new_journal(host, c2.Create(one)), one)
+            c2.merge_into_place(host, c2.new_journal(host, c2.Create(one)), one)
         if left[0] > 0:
             self.assertEqual(dict(old, **new), self.look(config.path("x")))
         journal = c2.read_journal(config.proxy_path("journal.json"))
         left[0] = self.rnd.choice([1, 5, 10**6])
         with mock.patch.object(os, "rename", interrupted), contextlib.suppress(KeyboardInterrupt):
-            c2.undo_merge(host, journal, one)
-        c2.undo_merge(host, journal, one)
+            c2.take_out_of_place(host, journal, one)
+        c2.take_out_of_place(host, journal, one)
         self.assertEqual(old, self.look(config.path("x")))
 
 
