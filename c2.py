@@ -29,6 +29,7 @@ from typing import (
     TYPE_CHECKING,
     Any,
     Callable,
+    Collection,
     Dict,
     Iterable,
     Iterator,
@@ -42,6 +43,7 @@ from typing import (
     Sequence,
     Set,
     Tuple,
+    Union,
 )
 
 VERSION = "0.1.0"
@@ -1315,16 +1317,14 @@ def encode(value: Any) -> Any:
 
 
 class Asked(NamedTuple):
-    """How a state is to be in some places: LABEL -> its deploy, ENDPOINT -> the label that it is
-    connected to; None: not there.
-    """
+    """How a state is to be in some places; None: not there."""
 
     deploys: Dict[str, Optional[Deploy]]
-    connections: Dict[str, Optional[str]]
+    connections: Dict[str, Optional[str]]  # ENDPOINT -> LABEL
 
 
-def asked_by(state: State, labels: Any, end_points: Any) -> Asked:
-    """These deploys and endpoints as they are in `state`."""
+def asked_by(state: State, labels: Iterable[str], end_points: Iterable[str]) -> Asked:
+    """Return these deploys and endpoints as they are in `state`."""
     return Asked(
         {name: state.deploys.get(name) for name in labels},
         {e: state.connections.get(e) for e in end_points},
@@ -1332,16 +1332,16 @@ def asked_by(state: State, labels: Any, end_points: Any) -> Asked:
 
 
 def difference(asked: Asked, state: State) -> str:
-    """What of the asked-for a state does not have, in words; "" for nothing."""
+    """Say what of the asked-for a state does not have; "" for nothing."""
     unlike = {n: d for n, d in sorted(asked.deploys.items()) if state.deploys.get(n) != d}
-    said = [f"lacks {name}" for name, deploy in unlike.items() if deploy]
-    said += [f"still has {name}" for name, deploy in unlike.items() if not deploy]
-    said += [
+    parts = [f"lacks {name}" for name, deploy in unlike.items() if deploy]
+    parts += [f"still has {name}" for name, deploy in unlike.items() if not deploy]
+    parts += [
         f"{e} is on {state.connections.get(e, 'nothing')}"
         for e, name in sorted(asked.connections.items())
         if state.connections.get(e) != name
     ]
-    return ", ".join(said)
+    return ", ".join(parts)
 
 
 class Create(NamedTuple):
@@ -1349,9 +1349,7 @@ class Create(NamedTuple):
 
 
 class Replace(NamedTuple):
-    """Prepare `deploy`, then stop `old` and start `deploy`; `old` is started again if that
-    fails.
-    """
+    """Prepare `deploy`, then stop `old` and start `deploy`, or `old` again if that fails."""
 
     old: Deploy
     deploy: Deploy
@@ -1377,51 +1375,84 @@ class Disconnect(NamedTuple):
     end_point: str
 
 
-ACTIONS = {kind.__name__: kind for kind in (Create, Replace, Restart, Destroy, Connect, Disconnect)}
+Action = Union[Create, Replace, Restart, Destroy, Connect, Disconnect]
+ACTIONS: Dict[str, Callable[..., Action]] = {
+    kind.__name__: kind for kind in (Create, Replace, Restart, Destroy, Connect, Disconnect)
+}
 
 
 def without(items: Mapping[str, Any], key: str) -> Dict[str, Any]:
     return {k: v for k, v in items.items() if k != key}
 
 
-def next_state(action: Any, state: State, now: str = "") -> State:
-    """The state after a successful `action` that ended at `now` (a UTC time, as text)."""
-    if isinstance(action, (Create, Replace)):
-        deploy = action.deploy
-        if isinstance(action, Replace):
-            state = state._replace(
-                deploys=without(state.deploys, action.old.label),
-                since=without(state.since, action.old.label),
-            )
-            if not deploy.has_port and action.old != deploy:
-                state = state._replace(previous={CURRENT: action.old})
-        return state._replace(
-            deploys=dict(state.deploys, **{deploy.label: deploy}),
-            last_port=deploy.port,
-            since=dict(state.since, **{deploy.label: now}),
+def next_state(action: Action, state: State, now: str = "") -> State:
+    """Return the state after a successful `action` that ended at `now` (a UTC time, as text)."""
+    if isinstance(action, (Connect, Disconnect)):
+        end_point = action.end_point
+        before = state.connections.get(end_point)
+        connections = without(state.connections, end_point)
+        if isinstance(action, Connect):
+            connections[end_point] = action.label
+        if before and before != connections.get(end_point):
+            previous = {**state.previous, end_point: state.deploys[before]}
+            state = state._replace(previous=previous)
+        return state._replace(connections=connections)
+    deploy = action.deploy
+    if isinstance(action, (Replace, Destroy)):
+        old = action.old if isinstance(action, Replace) else deploy
+        state = state._replace(
+            deploys=without(state.deploys, old.label), since=without(state.since, old.label)
         )
-    if isinstance(action, Restart):
-        return state._replace(since=dict(state.since, **{action.deploy.label: now}))
+        if not deploy.has_port and (old != deploy or isinstance(action, Destroy)):
+            state = state._replace(previous={CURRENT: old})
     if isinstance(action, Destroy):
-        gone = action.deploy
-        previous = state.previous if gone.has_port else {CURRENT: gone}
-        return state._replace(
-            deploys=without(state.deploys, gone.label),
-            previous=previous,
-            since=without(state.since, gone.label),
+        return state
+    if not isinstance(action, Restart):
+        state = state._replace(
+            deploys={**state.deploys, deploy.label: deploy}, last_port=deploy.port
         )
-    end_point = action.end_point
-    before = state.connections.get(end_point)
-    after = action.label if isinstance(action, Connect) else None
-    if before and before != after:
-        state = state._replace(previous=dict(state.previous, **{end_point: state.deploys[before]}))
-    left = without(state.connections, end_point)
-    return state._replace(connections=dict(left, **{end_point: after}) if after else left)
+    return state._replace(since={**state.since, deploy.label: now})
 
 
-def plan(end_points: Any, old: State, new: State) -> list:
-    """The actions that make `old` into `new`, in an order that keeps every connected endpoint
-    served.
+def conflicts(state: State, deploy: Deploy) -> List[Deploy]:
+    """Return the deploys of a state that have the label or the port of this one."""
+    return [d for d in state.deploys.values() if d.label == deploy.label or d.port == deploy.port]
+
+
+def connected_to(state: State, name: str) -> List[str]:
+    return sorted(e for e, deploy in state.connections.items() if deploy == name)
+
+
+def next_action(end_points: Collection[str], state: State, new: State) -> Optional[Action]:
+    """Return the first action of the plan from `state` to `new`; None at its end."""
+    missing = [d for _, d in sorted(new.deploys.items()) if state.deploys.get(d.label) != d]
+    for deploy in missing:
+        if not conflicts(state, deploy):
+            return Create(deploy)
+    for end_point in sorted({*state.connections, *new.connections}):
+        before = state.connections.get(end_point)
+        label = new.connections.get(end_point) if end_point in end_points else None
+        if before and not label:
+            return Disconnect(end_point)
+        if label and before != label and state.deploys.get(label) == new.deploys[label]:
+            return Connect(end_point, label)
+    for _, old in sorted(state.deploys.items()):
+        if new.deploys.get(old.label) != old and not connected_to(state, old.label):
+            for deploy in missing:
+                if conflicts(state, deploy) == [old]:
+                    return Replace(old, deploy)
+            return Destroy(old)
+    if not missing:
+        return None
+    in_the_way = [d.label for d in conflicts(state, missing[0])]
+    for end_point, label in sorted(state.connections.items()):
+        if label in in_the_way:
+            return Disconnect(end_point)
+    raise C2Error(f"{missing[0].label} and {in_the_way} have one port, {missing[0].port}")
+
+
+def plan(end_points: Collection[str], old: State, new: State) -> List[Action]:
+    """Return the actions from `old` to `new`, in an order that keeps connected endpoints served.
 
     Create what has a free label and port, switch endpoints, replace or destroy what is not
     connected, and again. Only where that is stuck, since a label or a port stays connected and
@@ -1429,83 +1460,18 @@ def plan(end_points: Any, old: State, new: State) -> list:
     another is left out. The laws are tested: folding `next_state` over the plan gives `new`, and
     nothing is planned between equal states.
     """
-    wanted = {e: name for e, name in new.connections.items() if e in end_points}
-    actions, at = [], old
-
-    def do(action: Any) -> None:
-        nonlocal at
+    actions = []
+    state = old
+    action = next_action(end_points, state, new)
+    while action:
         actions.append(action)
-        at = next_state(action, at)
-
-    def missing() -> list:
-        return [d for _, d in sorted(new.deploys.items()) if at.deploys.get(d.label) != d]
-
-    def step() -> None:
-        for deploy in missing():
-            if not conflicts(at, deploy):
-                do(Create(deploy))
-        for end_point in sorted(set(at.connections) | set(wanted)):
-            name = wanted.get(end_point)
-            if name is None:
-                do(Disconnect(end_point))
-            elif (
-                at.connections.get(end_point) != name and at.deploys.get(name) == new.deploys[name]
-            ):
-                do(Connect(end_point, name))
-        for gone in sorted(d for d in at.deploys.values() if new.deploys.get(d.label) != d):
-            if gone.label not in at.connections.values():
-                replacement = [d for d in missing() if conflicts(at, d) == [gone]]
-                do(Replace(gone, replacement[0]) if replacement else Destroy(gone))
-
-    while True:
-        before = len(actions)
-        step()
-        if len(actions) > before:
-            continue
-        stuck = missing()
-        if not stuck:
-            return actions
-        held = {d.label for d in conflicts(at, stuck[0])}
-        outages = [Disconnect(e) for e, name in sorted(at.connections.items()) if name in held]
-        if not outages:
-            raise C2Error(
-                f"two deploys have port {stuck[0].port}: {stuck[0].label} and {sorted(held)}"
-            )
-        for outage in outages:
-            do(outage)
+        state = next_state(action, state)
+        action = next_action(end_points, state, new)
+    return actions
 
 
-def feasible(end_points: Any, old: State, new: State, backing_off: Callable[[Any], bool]) -> list:
-    """What of the plan from `old` to `new` can be done now, even if all else fails.
-
-    barred: tells whether an action has failed and is not due again. What does not build on such a
-    one goes on, and no endpoint is cut off for a deploy that can't be had.
-    """
-    planned = plan(end_points, old, new)
-    while True:
-        actions, state = [], old
-        for action in planned:
-            less = (
-                [Destroy(action.old)] if isinstance(action, Replace) else []
-            )  # others may wait for it
-            for a in [action, *less]:
-                if not backing_off(a) and is_feasible(a, state, new):
-                    actions.append(a)
-                    state = next_state(a, state)
-                    break
-        needless = [
-            a
-            for a in actions
-            if is_outage(end_points, a, new)
-            and state.connections.get(a.end_point) != new.connections[a.end_point]
-        ]
-        if not needless:
-            return actions
-        planned = [a for a in planned if a not in needless]
-
-
-def is_outage(end_points: Any, action: Any, new: State) -> bool:
-    """Whether a planned action takes an endpoint off that is to be served all the same."""
+def is_outage(end_points: Collection[str], action: Action, new: State) -> bool:
+    """Tell whether a planned action takes an endpoint off that is to be served all the same."""
     return (
         isinstance(action, Disconnect)
         and action.end_point in end_points
@@ -1513,67 +1479,89 @@ def is_outage(end_points: Any, action: Any, new: State) -> bool:
     )
 
 
-def is_feasible(action: Any, state: State, new: State) -> bool:
-    """Whether an action of the plan to `new` can be done in `state`, even if those before it were
-    not.
-    """
+def is_feasible(action: Action, state: State, new: State) -> bool:
+    """Tell whether an action of the plan to `new` can be done in `state`, whatever went before."""
     if isinstance(action, Connect):
         return state.deploys.get(action.label) == new.deploys[action.label]
     if isinstance(action, Disconnect):
         return action.end_point in state.connections
     if isinstance(action, Create):
         return not conflicts(state, action.deploy)
-    gone = getattr(action, "old", action.deploy)
-    return (
-        gone in state.deploys.values()
-        and not connected_to(state, gone.label)
-        and (isinstance(action, Destroy) or conflicts(state, action.deploy) == [gone])
-    )
+    old = action.old if isinstance(action, Replace) else action.deploy
+    if old not in state.deploys.values() or connected_to(state, old.label):
+        return False
+    return isinstance(action, Destroy) or conflicts(state, action.deploy) == [old]
 
 
-def conflicts(state: State, deploy: Deploy) -> List[Deploy]:
-    """The deploys of a state that have the label or the port of this one."""
-    return [d for d in state.deploys.values() if d.label == deploy.label or d.port == deploy.port]
+def feasible(
+    end_points: Collection[str], old: State, new: State, backing_off: Callable[[Action], bool]
+) -> List[Action]:
+    """Return what of the plan from `old` to `new` can be done now, even if all else fails.
 
-
-def find_deploy(state: State, name: str) -> Deploy:
-    """The deploy called `name`: its label, or the release it runs, with or without the
-    extension.
+    backing_off: tells whether an action has failed and is not due again. What does not build on
+    such a one goes on, and no endpoint is cut off for a deploy that can't be had.
     """
-    if name in state.deploys:
-        return state.deploys[name]
-    found = [d for d in state.deploys.values() if name in (d.release, stem(d.release))]
-    if not found:
-        running = ", ".join(sorted(state.deploys)) or "none"
-        raise Refused(
-            f"there is no deploy {name}{nearest(name, state.deploys)}; there are: {running}"
-        )
-    if len(found) > 1:
-        raise Refused(
-            f"{name} runs as {' and '.join(sorted(d.label for d in found))}; say which is meant"
-        )
-    return found[0]
-
-
-def find_end_point(config: Config, name: Optional[str]) -> str:
-    """The configured endpoint called `name`; without a name the only one there is."""
-    if name is None and len(config.end_points) == 1:
-        return next(iter(config.end_points))
-    if name in config.end_points:
-        return name
-    unknown = f"there is no endpoint {name}{nearest(name or '', config.end_points)}"
-    known = ", ".join(sorted(config.end_points)) or "none"
-    raise ConfigError(f"{unknown if name else 'say which endpoint'}; the endpoints are: {known}")
+    planned = plan(end_points, old, new)
+    while True:
+        actions = []
+        state = old
+        for action in planned:
+            choices = [action]
+            if isinstance(action, Replace):
+                choices.append(Destroy(action.old))  # others may wait for its label or port
+            for choice in choices:
+                if not backing_off(choice) and is_feasible(choice, state, new):
+                    actions.append(choice)
+                    state = next_state(choice, state)
+                    break
+        asked = asked_by(new, [], [a.end_point for a in actions if is_outage(end_points, a, new)])
+        needless = [
+            Disconnect(e)
+            for e, label in asked.connections.items()
+            if state.connections.get(e) != label
+        ]
+        if not needless:
+            return actions
+        planned = [a for a in planned if a not in needless]
 
 
 def stem(release: str) -> str:
     return os.path.splitext(release)[0]
 
 
+def find_deploy(state: State, name: str) -> Deploy:
+    """Return the deploy called `name`: its label, or its release, with or without extension."""
+    if name in state.deploys:
+        return state.deploys[name]
+    matches = [d for d in state.deploys.values() if name in (d.release, stem(d.release))]
+    if not matches:
+        running = ", ".join(sorted(state.deploys)) or "none"
+        raise Refused(
+            f"there is no deploy {name}{nearest(name, state.deploys)}; there are: {running}"
+        )
+    if len(matches) > 1:
+        raise Refused(
+            f"{name} runs as {' and '.join(sorted(d.label for d in matches))}; say which is meant"
+        )
+    return matches[0]
+
+
+def find_end_point(config: Config, name: Optional[str]) -> str:
+    """Return the configured endpoint called `name`; without a name the only one there is."""
+    if name is None:
+        problem = "say which endpoint"
+        if len(config.end_points) == 1:
+            return next(iter(config.end_points))
+    else:
+        problem = f"there is no endpoint {name}{nearest(name, config.end_points)}"
+        if name in config.end_points:
+            return name
+    known = ", ".join(sorted(config.end_points)) or "none"
+    raise ConfigError(f"{problem}; the endpoints are: {known}")
+
+
 def compose_project(name: str) -> str:
-    """The name that docker compose makes of a directory's; two that give the same share their
-    containers.
-    """
+    """Name a project as docker compose does by its directory; the same one shares containers."""
     return re.sub("[^a-z0-9_-]", "", name.lower()).lstrip("_-")
 
 
@@ -1594,18 +1582,23 @@ def check_label(name: str, state: State) -> None:
             )
 
 
-class Project(NamedTuple):
-    """What a deploy has of the Docker engine: the names of its compose projects and containers, and
-    its ports, each (address or "" for all, number, protocol).
-    """
+PublishedPort = Tuple[str, int, str]  # address, "" for all; number; protocol
 
-    names: set
-    containers: set
-    ports: set
+
+class Project(NamedTuple):
+    """What a deploy has of the Docker engine."""
+
+    names: Set[str]
+    containers: Set[str]
+    ports: Set[PublishedPort]
+
+
+def same_port(one: PublishedPort, other: PublishedPort) -> bool:
+    return one[1:] == other[1:] and (one[0] == other[0] or "" in (one[0], other[0]))
 
 
 def project_conflict(label: str, own: Project, others: Dict[str, Project]) -> Optional[str]:
-    """Why a deploy can't run beside the `others`, by label; None if it can."""
+    """Say why a deploy can't run beside the `others`, by label; None if it can."""
     for other, theirs in sorted(others.items()):
         names = sorted(own.names & theirs.names)
         containers = sorted(own.containers & theirs.containers)
@@ -1627,17 +1620,13 @@ def project_conflict(label: str, own: Project, others: Dict[str, Project]) -> Op
     return None
 
 
-def same_port(one: tuple, other: tuple) -> bool:
-    return one[1:] == other[1:] and (one[0] == other[0] or "" in (one[0], other[0]))
-
-
-def published(address: str, number: Any, protocol: str) -> tuple:
+def published(address: str, port: Any, protocol: str) -> PublishedPort:
     address = address.strip("[]")
-    return "" if address in ("0.0.0.0", "::") else address, int(number), protocol
+    return "" if address in ("0.0.0.0", "::") else address, int(port), protocol
 
 
-def configured_project(document: dict) -> Project:
-    """What a deploy will have, by the document of `docker compose config`."""
+def configured_project(document: Dict[str, Any]) -> Project:
+    """Return what a deploy will have, by the document of `docker compose config`."""
     services = list((document.get("services") or {}).values())
     ports = [p for s in services if s.get("network_mode") != "host" for p in s.get("ports") or []]
     return Project(
@@ -1652,39 +1641,33 @@ def configured_project(document: dict) -> Project:
 
 
 def listed_project(project: str, names: str, ports: str) -> Project:
-    """What a container has, by these columns of `docker ps`."""
+    """Return what a container has, by these columns of `docker ps`."""
     ranges = re.findall(r"(\S*):(\d+)(?:-(\d+))?->[^/]+/(\w+)", ports)
     return Project(
         {project},
         set(names.split(",")),
         {
-            published(address, number, protocol)
+            published(address, port, protocol)
             for address, first, last, protocol in ranges
-            for number in range(int(first), int(last or first) + 1)
+            for port in range(int(first), int(last or first) + 1)
         },
     )
 
 
-def next_port(ports: PortRange, last: int, taken: Callable[[int], bool]) -> int:
-    """The lowest free port above the last allotted, wrapping: none is used again while others
-    remember it.
-    """
+def next_port(ports: PortRange, last: int, in_use: Callable[[int], bool]) -> int:
+    """Allocate the lowest free port above the last one, wrapping: others may remember a port."""
     first = last + 1 if ports.v1 <= last + 1 < ports.v2 else ports.v1
     for port in [*range(first, ports.v2), *range(ports.v1, first)]:
-        if not taken(port):
+        if not in_use(port):
             return port
     raise C2Error(
-        f"all ports from {ports.v1} to {ports.v2 - 1} are taken; stop a deploy, or widen "
+        f"all ports from {ports.v1} to {ports.v2 - 1} are in use; stop a deploy, or widen "
         "dynamicPortRange"
     )
 
 
-def connected_to(state: State, name: str) -> List[str]:
-    return sorted(e for e, deploy in state.connections.items() if deploy == name)
-
-
-def start_actions(state: State, deploy: Deploy, runs: Callable[[Deploy], bool]) -> list:
-    """What `start` does; deploy.port is the one it gets if it needs a new one, 0 without the proxy.
+def start_actions(state: State, deploy: Deploy, runs: Callable[[Deploy], bool]) -> List[Action]:
+    """Return what `start` does; deploy.port is the one it gets if it needs a new one.
 
     runs: tells whether a deploy answers, asked only where it matters.
     """
@@ -1702,28 +1685,28 @@ def start_actions(state: State, deploy: Deploy, runs: Callable[[Deploy], bool]) 
         return [Create(deploy)]
     if old == deploy:
         return [] if runs(old) else [Restart(old)]
-    if connected_to(state, old.label):
-        held = ", ".join(connected_to(state, old.label))
+    end_points = ", ".join(connected_to(state, old.label))
+    if end_points:
         raise Refused(
-            f"{old.label} runs {old.release} and is connected to {held}; start "
+            f"{old.label} runs {old.release} and is connected to {end_points}; start "
             f"{deploy.release} under another label and connect that"
         )
     return [Replace(old, deploy)]
 
 
-def stop_actions(state: State, name: str, force: bool = False) -> list:
+def stop_actions(state: State, name: str, force: bool = False) -> List[Destroy]:
     deploy = find_deploy(state, name)
-    held = connected_to(state, deploy.label)
-    if held:
+    end_points = connected_to(state, deploy.label)
+    if end_points:
         raise Refused(
-            f"{deploy.label} is connected to {', '.join(held)}; connect another deploy there, or "
-            f"take it off with c2 disconnect {held[0]}, before you stop it"
+            f"{deploy.label} is connected to {', '.join(end_points)}; connect another deploy "
+            f"there, or take it off with c2 disconnect {end_points[0]}, before you stop it"
         )
     return [Destroy(deploy, force)]
 
 
-def describe(action: Any) -> tuple:
-    """An action in words, as it begins and as it is done, and its fields in the log."""
+def describe(action: Action) -> Tuple[str, str, Dict[str, Any]]:
+    """Return an action in words, as it begins and as it is done, and its fields in the log."""
     if isinstance(action, Connect):
         what = f"{action.end_point} to {action.label}"
         return (
@@ -1752,9 +1735,7 @@ def describe(action: Any) -> tuple:
 
 
 def rollback_target(state: State, end_point: str) -> Deploy:
-    """The deploy that `end_point` was connected to before; Refused when it is not there any
-    more.
-    """
+    """Return the deploy that `end_point` was connected to before; Refused when it is gone."""
     before = state.previous.get(end_point)
     if not before:
         raise Refused(

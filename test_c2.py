@@ -2472,7 +2472,7 @@ class StateCases(unittest.TestCase):
         ]:
             self.assertEqual(c2.next_port(ports, last, taken.__contains__), port, (last, taken))
         self.refuses(
-            c2.C2Error, "8000 to 8003 are taken", c2.next_port, ports, 8000, lambda p: True
+            c2.C2Error, "8000 to 8003 are in use", c2.next_port, ports, 8000, lambda p: True
         )
 
     def test_ports_of_the_context(self):
