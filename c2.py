@@ -46,6 +46,9 @@ from typing import (
     Union,
 )
 
+if TYPE_CHECKING:
+    from zipfile import ZipFile, ZipInfo
+
 VERSION = "0.1.0"
 Decoder = Callable[[Any, "Location"], Any]
 
@@ -161,7 +164,7 @@ class Location(NamedTuple):
     path: str  # for messages
     base: str = ""  # what relative paths start from; without it they are refused
     warn: Callable[[str], None] = lambda message: None
-    strict: bool = True  # an unknown key is an error, not left to whoever wrote it
+    strict: bool = True  # an unknown key is an error, not only a warning
 
     def child(self, name: object) -> "Location":
         key = str(name) if str(name).isprintable() else json.dumps(name)
@@ -237,11 +240,12 @@ def decode_object(cls: Any, value: Any, at: Location) -> Any:
             decoded[field] = decode(cls.__annotations__[field], inner, at.child(key))
         elif cls is EndPoint and key == "label":  # as old configurations have it
             at.warn(f"{at.child(key).path} has no effect any more; remove it")
-        elif at.strict:
-            raise ConfigError(
-                f"{at.child(key).path}: unknown key"
-                + (nearest(key, fields) or f"; known here: {', '.join(fields)}")
-            )
+        else:
+            hint = nearest(key, fields) or f"; known here: {', '.join(fields)}"
+            problem = f"{at.child(key).path}: unknown key{hint}"
+            if at.strict:
+                raise ConfigError(problem)
+            at.warn(problem)
     for key, field in fields.items():
         if field not in decoded and field not in cls._field_defaults:
             raise ConfigError(f"{at.child(key).path}: required, but not there")
@@ -3150,14 +3154,12 @@ def await_command(host: Host, process: Any, follower: OutputTail, deploy: Deploy
 
 
 class Store(NamedTuple):
-    """Releases: `names()` newest first, `exists(name)`, `fetch(name, path)`, which may raise
-    Missing.
-    """
+    """Where releases come from, whatever is behind it."""
 
-    label: str
-    names: Callable[[], List[str]]
+    label: str  # for messages
+    names: Callable[[], List[str]]  # newest first
     exists: Callable[[str], bool]
-    fetch: Callable[[str, str], None]
+    fetch: Callable[[str, str], None]  # a name to a path, or Missing
 
 
 def fetch_file(source: str, to: str) -> None:
@@ -3176,27 +3178,8 @@ def fetch_s3(url: str, to: str) -> None:
         aws("s3", "cp", url, to, "--only-show-errors", timeout=3600)
 
 
-def fetch_http(url: str, to: str) -> None:
-    """Download over http(s); a short or refused answer is an error."""
-    with open_http(url) as answer, open(to, "wb") as f:
-        size = int(answer.headers.get("Content-Length") or 0)
-        told = sys.stderr.isatty()
-        for chunk in iter(lambda: answer.read(1 << 20), b""):
-            f.write(chunk)
-            if told:
-                of = f" of {size >> 20}" if size else ""
-                print(f"\rc2: {f.tell() >> 20}{of} MB", end="", file=sys.stderr, flush=True)
-        if told:
-            print(file=sys.stderr)
-        if size and f.tell() != size:
-            raise C2Error(
-                f"{without_credentials(url)}: the connection ended after {f.tell()} of {size} "
-                "bytes; try again"
-            )
-
-
 def http_opener() -> Any:
-    """What opens addresses; a redirect leads it neither from https to http nor to other schemes."""
+    """Return what opens addresses; it is led neither from https to http nor to other schemes."""
     import urllib.parse
     import urllib.request
 
@@ -3215,9 +3198,10 @@ def http_opener() -> Any:
 
 
 @contextlib.contextmanager
-def open_http(url: str, method: str = "GET") -> Any:
-    """The answer to a request, to be read; Missing or C2Error when it fails, also while it is
-    read. A user and password in the address go along by Basic, and not where it redirects to.
+def open_http(url: str, method: str = "GET") -> Iterator[Any]:
+    """Give the answer to a request; Missing or C2Error when it fails, also while it is read.
+
+    A user and password in the address go along by Basic, and not where it redirects to.
     """
     import base64
     import http.client
@@ -3250,9 +3234,28 @@ def open_http(url: str, method: str = "GET") -> Any:
         raise C2Error(f"{shown}: {getattr(e, 'reason', e)}") from None
 
 
+def fetch_http(url: str, to: str) -> None:
+    """Download over http(s); a short or refused answer is an error."""
+    with open_http(url) as answer, open(to, "wb") as f:
+        size = int(answer.headers.get("Content-Length") or 0)
+        watched = sys.stderr.isatty()
+        for chunk in iter(lambda: answer.read(1 << 20), b""):
+            f.write(chunk)
+            if watched:
+                of = f" of {size >> 20}" if size else ""
+                print(f"\rc2: {f.tell() >> 20}{of} MB", end="", file=sys.stderr, flush=True)
+        if watched:
+            print(file=sys.stderr)
+        if size and f.tell() != size:
+            raise C2Error(
+                f"{without_credentials(url)}: the connection ended after {f.tell()} of {size} "
+                "bytes; try again"
+            )
+
+
 def fetch_secret(arn: str, to: str) -> None:
-    said = aws("secretsmanager", "get-secret-value", "--secret-id", arn, "--output", "json")
-    answer = parse_json(said, arn)
+    output = aws("secretsmanager", "get-secret-value", "--secret-id", arn, "--output", "json")
+    answer = parse_json(output, arn)
     if "SecretString" not in answer:
         raise C2Error(f"the secret {arn} is binary; it must be a JSON document as text")
     replace_file(to, answer["SecretString"], 0o600)
@@ -3268,8 +3271,9 @@ FETCH = {
 
 
 def fetch(source: Variant, to: str, json_name: str = "") -> None:
-    """Fetch a document to the path `to`, 0600, whole or not at all; json_name: of one that must be
-    JSON.
+    """Fetch a document to the path `to`, 0600, whole or not at all.
+
+    json_name: what messages call one that must be JSON.
     """
     part = temp_name(to)
     os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
@@ -3285,15 +3289,74 @@ def fetch(source: Variant, to: str, json_name: str = "") -> None:
 
 
 def s3_parts(url: str) -> List[str]:
-    """Bucket and key of s3://BUCKET/KEY."""
+    """Return bucket and key of s3://BUCKET/KEY."""
     bucket, _, key = url[len("s3://") :].partition("/")
     return [bucket, key]
 
 
 def s3_object(url: str) -> List[str]:
-    """The arguments that name an object to `aws s3api`."""
+    """Return the arguments that name an object to `aws s3api`."""
     bucket, key = s3_parts(url)
     return ["--bucket", bucket, "--key", key]
+
+
+def local_names(base: str) -> List[str]:
+    try:
+        with os.scandir(base) as entries:
+            files = [
+                (-e.stat().st_mtime, e.name) for e in entries if e.is_file() and e.name[0] != "."
+            ]
+    except FileNotFoundError:
+        raise C2Error(
+            f"the release store {base} is not there; make it, or correct releases"
+        ) from None
+    return [name for _, name in sorted(files)]
+
+
+def s3_names(base: str) -> List[str]:
+    """List the objects right below an s3:// prefix, newest first."""
+    bucket, prefix = s3_parts(base.rstrip("/") + "/")
+    answer = aws(
+        "s3api",
+        "list-objects-v2",
+        "--bucket",
+        bucket,
+        "--prefix",
+        prefix,
+        "--delimiter",
+        "/",
+        "--output",
+        "json",
+        timeout=600,
+    )
+    items = json.loads(answer or "{}").get("Contents", [])
+    items.sort(key=lambda item: item["Key"])
+    items.sort(key=lambda item: item["LastModified"], reverse=True)
+    names = [item["Key"][len(prefix) :] for item in items]
+    return [name for name in names if name]
+
+
+def s3_exists(url: str) -> bool:
+    try:
+        aws("s3api", "head-object", *s3_object(url))
+    except Missing:
+        return False
+    return True
+
+
+def http_names(base: str) -> List[str]:
+    raise C2Error(
+        f"{without_credentials(base)} is an http store, which can't be listed; look where the "
+        "releases are published"
+    )
+
+
+def http_exists(url: str) -> bool:
+    try:
+        with open_http(url, "HEAD"):
+            return True
+    except Missing:
+        return False
 
 
 def release_store(config: Config) -> Store:
@@ -3320,63 +3383,6 @@ def release_store(config: Config) -> Store:
     )
 
 
-def local_names(base: str) -> List[str]:
-    try:
-        with os.scandir(base) as entries:
-            found = [
-                (e.stat().st_mtime, e.name) for e in entries if e.is_file() and e.name[0] != "."
-            ]
-    except FileNotFoundError:
-        raise C2Error(
-            f"the release store {base} is not there; make it, or correct releases"
-        ) from None
-    return [name for _, name in sorted(found, key=lambda f: (-f[0], f[1]))]
-
-
-def s3_names(base: str) -> List[str]:
-    """List the objects right below an s3:// prefix, newest first."""
-    bucket, prefix = s3_parts(base.rstrip("/") + "/")
-    answer = aws(
-        "s3api",
-        "list-objects-v2",
-        "--bucket",
-        bucket,
-        "--prefix",
-        prefix,
-        "--delimiter",
-        "/",
-        "--output",
-        "json",
-        timeout=600,
-    )
-    items = json.loads(answer or "{}").get("Contents", [])
-    found = sorted((item["Key"][len(prefix) :], item["LastModified"]) for item in items)
-    return [name for name, _ in sorted(found, key=lambda f: f[1], reverse=True) if name]
-
-
-def s3_exists(url: str) -> bool:
-    try:
-        aws("s3api", "head-object", *s3_object(url))
-    except Missing:
-        return False
-    return True
-
-
-def http_names(base: str) -> List[str]:
-    raise C2Error(
-        f"{without_credentials(base)} is an http store, which can't be listed; look where the "
-        "releases are published"
-    )
-
-
-def http_exists(url: str) -> bool:
-    try:
-        with open_http(url, "HEAD"):
-            return True
-    except Missing:
-        return False
-
-
 def require_release(config: Config, name: str) -> None:
     """Raise unless the store has the release; with a suggestion where the store can be listed."""
     store = release_store(config)
@@ -3393,32 +3399,32 @@ def require_release(config: Config, name: str) -> None:
 
 
 def find_config(given: Optional[str]) -> str:
-    """Where the configuration is: --config, else $CAMUS2_CONFIG, else beside c2 in ../etc."""
+    """Return --config, else $CAMUS2_CONFIG, else what there is beside c2 in ../etc."""
     if given is not None:  # an empty one, too: better none than another
         return given
     if os.environ.get("CAMUS2_CONFIG"):
         return os.environ["CAMUS2_CONFIG"]
     etc = os.path.join(os.path.dirname(os.path.dirname(os.path.realpath(__file__))), "etc")
-    tried = [os.path.join(etc, name) for name in ("camus2.json", "camus2.yaml", "camus2.yml")]
-    for path in tried:
+    paths = [os.path.join(etc, name) for name in ("camus2.json", "camus2.yaml", "camus2.yml")]
+    for path in paths:
         if os.path.exists(path):
             return path
     raise ConfigError(
         "there is no configuration: neither --config nor $CAMUS2_CONFIG is given, and there is "
-        f"no {' or '.join(tried[:2])}; c2 help shows one to start from"
+        f"no {' or '.join(paths[:2])}; c2 help shows one to start from"
     )
 
 
 def load_config(given: Optional[str], warn: Callable[[str], None] = say) -> Config:
-    """Find, fetch, parse and check the configuration; relative paths start from the directory of
-    its file.
-    """
+    """Find, fetch, parse and check the configuration; its file's directory begins its paths."""
     path = find_config(given)
-    shown = without_credentials(path)
+    printed = without_credentials(path)
     web = path.startswith(("http://", "https://"))
     extension = os.path.splitext(path.partition("?")[0] if web else path)[1]
     if extension not in (".json", ".yaml", ".yml"):
-        raise ConfigError(f"{shown or '--config'}: a configuration is a .json, .yaml or .yml file")
+        raise ConfigError(
+            f"{printed or '--config'}: a configuration is a .json, .yaml or .yml file"
+        )
     base = ""
     try:
         if path.startswith("s3://"):
@@ -3432,16 +3438,16 @@ def load_config(given: Optional[str], warn: Callable[[str], None] = say) -> Conf
             with open(path, encoding="utf-8") as f:
                 source = f.read()
     except UnicodeDecodeError:
-        raise ConfigError(f"{shown} is not UTF-8 text") from None
+        raise ConfigError(f"{printed} is not UTF-8 text") from None
     except OSError as e:
-        raise ConfigError(f"the configuration {shown} can't be read: {e.strerror}") from None
+        raise ConfigError(f"the configuration {printed} can't be read: {e.strerror}") from None
     except Missing as e:
-        raise ConfigError(f"the configuration {shown} is not there: {e}") from None
+        raise ConfigError(f"the configuration {printed} is not there: {e}") from None
     try:
         value = parse_json(source, "the document") if extension == ".json" else parse_yaml(source)
-        return decode_config(value, base, lambda message: warn(f"warning: {shown}: {message}"))
+        return decode_config(value, base, lambda message: warn(f"warning: {printed}: {message}"))
     except C2Error as e:
-        raise ConfigError(f"{shown}: {e}") from None
+        raise ConfigError(f"{printed}: {e}") from None
 
 
 def cache_path(config: Config, name: str) -> str:
@@ -3449,16 +3455,15 @@ def cache_path(config: Config, name: str) -> str:
 
 
 def fetch_context(host: Host, retry: bool = False) -> None:
-    """Download every config source into the context cache; retry: wait until those that are missing
-    exist.
-    """
+    """Download every config source into the context cache; retry: wait for missing ones."""
     config = host.config
     if config.config_sources:
         make_dir(config.context_cache, 0o700)
         require_private(config.context_cache)
     for name, source in sorted(config.config_sources.items()):
         address = without_credentials(source.value)
-        what, waits = f"the config source {name} ({address})", False
+        what = f"the config source {name} ({address})"
+        waiting = False
         while True:
             try:
                 fetch(source, cache_path(config, name), what)
@@ -3469,15 +3474,15 @@ def fetch_context(host: Host, retry: bool = False) -> None:
                         f"the config source {name} is not there ({e}); c2 fetch-context --retry "
                         "waits for it"
                     ) from None
-                if not waits:
+                if not waiting:
                     host.log.info("wait", f"waiting for {what}")
-                waits = True
+                waiting = True
                 time.sleep(10)
         host.log.info("fetch-context", f"fetched the config source {name} from {address}")
 
 
-def load_context(host: Host) -> dict:
-    """The template context from the cache."""
+def load_context(host: Host) -> Dict[str, Any]:
+    """Load the template context from the cache."""
     context = {}
     for name in host.config.config_sources:
         path = cache_path(host.config, name)
@@ -3490,14 +3495,14 @@ def load_context(host: Host) -> dict:
 
 
 def learn_secrets(host: Host, inner: List[str]) -> None:
-    """Mask, in the log from here on, the secrets of the cached config sources and of a release's
-    own, the files `inner`; those that can't be read have none.
+    """Mask, in the log from here on, the secrets of config sources and of the files `inner`.
+
+    `inner` are the release's own; what can't be read has none.
     """
-    sources = host.config.config_sources.items()
-    found = [
-        (cache_path(host.config, name), source.name == "awsSecretArn") for name, source in sources
-    ]
-    for path, secret in found + [(path, False) for path in inner]:
+    files = [(path, False) for path in inner]
+    for name, source in host.config.config_sources.items():
+        files.append((cache_path(host.config, name), source.name == "awsSecretArn"))
+    for path, secret in files:
         with contextlib.suppress(C2Error, OSError):
             host.log.add_secrets(secret_values(load_json(path, path), secret))
 
@@ -3508,18 +3513,16 @@ def learn_secrets(host: Host, inner: List[str]) -> None:
 
 
 class Member(NamedTuple):
-    """A member of an archive that may be unpacked: `kind` is "file", "dir" or "link", `mode` for
-    chmod.
-    """
+    """A member of an archive that may be unpacked."""
 
     name: str
-    kind: str
-    mode: int
-    info: Any
+    kind: str  # "file", "dir" or "link"
+    mode: int  # for chmod
+    info: "ZipInfo"
 
 
-def archive_members(infos: list, what: str) -> List[Member]:
-    """The members of a zip archive, checked: none leads out of the directory it is unpacked in.
+def archive_members(infos: "List[ZipInfo]", what: str) -> List[Member]:
+    """Check the members of a zip archive: none leads out of the directory it is unpacked in.
 
     Raises C2Error for an absolute path, "..", a device, an encrypted or duplicate member, and a
     file that is another's directory. `what` names the archive.
@@ -3527,11 +3530,14 @@ def archive_members(infos: list, what: str) -> List[Member]:
     import stat
 
     by_mode = {stat.S_IFDIR: "dir", stat.S_IFLNK: "link", stat.S_IFREG: "file", 0: "file"}
-    found, kinds = {}, {}  # type: Dict[str, Member], Dict[str, str]
+    members: Dict[str, Member] = {}
+    kinds: Dict[str, str] = {}  # of the directories above, too
     for info in infos:
-        name, bits = info.filename.rstrip("/"), info.external_attr >> 16
+        name = info.filename.rstrip("/")
+        bits = info.external_attr >> 16
         kind = by_mode.get(stat.S_IFMT(bits))
-        kind = "dir" if info.filename.endswith("/") and kind else kind
+        if kind and info.filename.endswith("/"):
+            kind = "dir"
         parts = name.split("/")
         if "\\" in name or "\0" in info.orig_filename or {"", ".", ".."} & set(parts):
             raise C2Error(
@@ -3545,72 +3551,29 @@ def archive_members(infos: list, what: str) -> List[Member]:
             raise C2Error(
                 f"{what}: {name} is compressed by method {info.compress_type}; pack it with zip"
             )
-        if name in found or kinds.setdefault(name, kind) != kind:
+        if name in members or kinds.setdefault(name, kind) != kind:
             raise C2Error(f"{what}: {name} is in the archive twice")
         for above in ("/".join(parts[:i]) for i in range(1, len(parts))):
             if kinds.setdefault(above, "dir") != "dir":
                 raise C2Error(f"{what}: {above} is a {kinds[above]} and a directory too")
-        found[name] = Member(name, kind, bits & 0o755, info)
-    return list(found.values())
+        members[name] = Member(name, kind, bits & 0o755, info)
+    return list(members.values())
 
 
 def check_link(name: str, target: str, what: str) -> None:
-    """Raise unless a symbolic link stays inside: a relative target that goes up no further than the
-    root, and only at its beginning, since after another link ".." would not lead where it seems
-    to.
+    """Raise unless a symbolic link stays inside.
+
+    Its target is relative, and goes up no further than the root, and only at its beginning: after
+    another link ".." would not lead where it seems to.
     """
     parts = [part for part in target.split("/") if part not in ("", ".")]
-    up = next((i for i, part in enumerate(parts) if part != ".."), len(parts))
-    if (
-        target.startswith("/")
-        or "\0" in target
-        or ".." in parts[up:]
-        or up > name.count("/")
-        or not parts
-    ):
+    ups = parts.count("..")
+    goes_up = ups > name.count("/") or ".." in parts[ups:]
+    if not parts or target.startswith("/") or "\0" in target or goes_up:
         raise C2Error(f"{what}: the link {name} -> {target} leads out of the release")
 
 
-def unpack_archive(path: str, directory: str, what: str) -> None:
-    """Unpack a zip archive into a new directory, with the modes it gives, less what lets others
-    write (absent: 0644, directories 0755).
-    """
-    import errno
-    import struct
-    import zipfile
-    import zlib
-
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive_members(archive.infolist(), what)
-            size = sum(m.info.file_size for m in members)
-            disk = os.statvfs(os.path.dirname(directory))
-            if size + 4096 * len(members) > disk.f_bavail * disk.f_frsize:
-                raise C2Error(
-                    f"{what}: unpacked it takes {size >> 20} MB, but {os.path.dirname(directory)} "
-                    f"has only {disk.f_bavail * disk.f_frsize >> 20} MB free; remove old deploys"
-                )
-            make_dir(directory)
-            with with_path(directory):
-                write_members(archive, members, directory, what)
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        struct.error,
-        EOFError,
-        ValueError,
-        RuntimeError,
-        OSError,
-    ) as e:
-        if getattr(e, "errno", None) not in (
-            None,
-            errno.EINVAL,
-        ):  # of bz2, and of a jump before the start
-            raise
-        raise C2Error(f"{what} is not a sound zip archive: {e}; pack or upload it again") from None
-
-
-def write_members(archive: Any, members: List[Member], directory: str, what: str) -> None:
+def write_members(archive: "ZipFile", members: List[Member], directory: str, what: str) -> None:
     """Write checked members into a directory: files, then links, and modes of directories last."""
     import shutil
 
@@ -3635,25 +3598,61 @@ def write_members(archive: Any, members: List[Member], directory: str, what: str
             os.chmod(os.path.join(directory, member.name), (member.mode or 0o755) | 0o700)
 
 
-def read_release(directory: str, warn: Callable[[str], None] = lambda message: None) -> Release:
-    """release.json of an unpacked release; an unknown key in it is only warned of."""
-    path = os.path.join(directory, "release.json")
-    value = load_json(path, path)
-    known = [camel(field) for field in Release._fields]
-    if isinstance(value, dict):
-        for key in sorted(set(value) - {*known}):
-            warn(f"release.json: c2 does not know the key {key}{nearest(key, known)}")
+def unpack_archive(path: str, directory: str, what: str) -> None:
+    """Unpack a zip archive into a new directory, with its modes, less what lets others write."""
+    import errno
+    import struct
+    import zipfile
+    import zlib
+
     try:
-        release: Release = decode(Release, value, Location("", warn=warn, strict=False))
+        with zipfile.ZipFile(path) as archive:
+            members = archive_members(archive.infolist(), what)
+            size = sum(m.info.file_size for m in members)
+            parent = os.path.dirname(directory)
+            disk = os.statvfs(parent)
+            free = disk.f_bavail * disk.f_frsize
+            if size + 4096 * len(members) > free:
+                raise C2Error(
+                    f"{what}: unpacked it takes {size >> 20} MB, but {parent} has only "
+                    f"{free >> 20} MB free; remove old deploys"
+                )
+            make_dir(directory)
+            with with_path(directory):
+                write_members(archive, members, directory, what)
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        struct.error,
+        EOFError,
+        ValueError,
+        RuntimeError,
+        OSError,
+    ) as e:
+        # bz2, and a jump before the start, raise an OSError too
+        if isinstance(e, OSError) and e.errno not in (None, errno.EINVAL):
+            raise
+        raise C2Error(f"{what} is not a sound zip archive: {e}; pack or upload it again") from None
+
+
+def read_release(directory: str, warn: Callable[[str], None] = lambda message: None) -> Release:
+    """Read release.json of an unpacked release; an unknown key in it is only warned of."""
+    path = os.path.join(directory, "release.json")
+    at = Location("", warn=lambda message: warn(f"release.json: {message}"), strict=False)
+    try:
+        release: Release = decode(Release, load_json(path, path), at)
         return release
     except ConfigError as e:
         raise C2Error(f"{path}: {e}") from None
 
 
-class Partials(dict):
-    """The partials beside a template: NAME is the file NAME, or NAME with .mustache, in its
-    directory.
-    """
+def inside(path: str, directory: str) -> bool:
+    root = os.path.realpath(directory)
+    return os.path.realpath(path).startswith(root.rstrip("/") + "/")
+
+
+class Partials(Dict[str, str]):
+    """The partials beside a template: NAME is the file NAME or NAME.mustache."""
 
     def __init__(self, directory: str) -> None:
         super().__init__()
@@ -3667,33 +3666,37 @@ class Partials(dict):
         raise KeyError(name)
 
 
-def inside(path: str, directory: str) -> bool:
-    root = os.path.realpath(directory)
-    return os.path.realpath(path).startswith(root.rstrip("/") + "/")
+def inner_path(directory: str, path: str, what: str) -> str:
+    """Return the path of a file in an unpacked release; C2Error when it is not there or outside."""
+    full = os.path.normpath(os.path.join(directory, path))
+    if not inside(full, directory):
+        raise C2Error(f"{what}: {path} in release.json is not inside the release")
+    if not os.path.isfile(full):
+        raise C2Error(f"{what}: release.json names {path}, which is not in the archive")
+    return full
 
 
 def expand_file(
     template: str,
     to: str,
-    context: dict,
+    context: Dict[str, Any],
     warn: Callable[[str], None],
-    shown: str,
+    name: str,
     write: Callable[[str, str, int], None] = replace_file,
 ) -> None:
-    """Expand a template file to the file `to`, which takes its mode, less what lets others write;
-    `shown` names it in messages.
+    """Expand a template file, which messages call `name`, to the file `to`.
+
+    That takes its mode, less what lets others write.
     """
     source = read_file(template)
     if source is None:
-        raise C2Error(f"there is no template {shown}")
-    text = render_template(source, context, Partials(os.path.dirname(template)), shown, warn)
+        raise C2Error(f"there is no template {name}")
+    text = render_template(source, context, Partials(os.path.dirname(template)), name, warn)
     write(to, text, os.stat(template).st_mode & 0o755)
 
 
-def prepare_release(host: Host, name: str, directory: str, context: dict) -> Release:
-    """Download a release, unpack it into the new `directory` and expand its templates; run
-    nothing.
-    """
+def prepare_release(host: Host, name: str, directory: str, context: Dict[str, Any]) -> Release:
+    """Download a release, unpack it into the new `directory`, expand its templates, run nothing."""
     store = release_store(host.config)
     what = f"the release {name}"
     archive = directory + ".zip"
@@ -3711,21 +3714,15 @@ def prepare_release(host: Host, name: str, directory: str, context: dict) -> Rel
     finally:
         remove(archive)
     if not os.path.exists(os.path.join(directory, "release.json")):
-        tops = os.listdir(directory)
-        nested = len(tops) == 1 and os.path.exists(os.path.join(directory, tops[0], "release.json"))
-        raise C2Error(
-            f"{what} has no release.json at its root"
-            + (
-                f", but one in the folder {tops[0]}; pack what is in that folder, not the folder"
-                if nested
-                else "; it says which commands start and stop the release"
-            )
-        )
+        hint = "; it says which commands start and stop the release"
+        for top in os.listdir(directory):
+            if os.path.exists(os.path.join(directory, top, "release.json")):
+                hint = f", but one in the folder {top}; pack what is in that folder, not the folder"
+        raise C2Error(f"{what} has no release.json at its root{hint}")
     release = read_release(directory, warn)
     sources = {}
     for key, path in release.config_sources.items():
         sources[key] = load_json(inner_path(directory, path, what), f"{what}: configSources.{key}")
-    merged = dict(sources, **context)
     for path in release.templates:
         template = inner_path(directory, path, what)
         to = os.path.splitext(template)[0]
@@ -3733,19 +3730,9 @@ def prepare_release(host: Host, name: str, directory: str, context: dict) -> Rel
             raise C2Error(
                 f"{what}: the template {path} has no extension to take off; call it {path}.tpl"
             )
-        expand_file(template, to, merged, warn, path)
+        expand_file(template, to, {**sources, **context}, warn, path)
     sync_file_system(directory)
     return release
-
-
-def inner_path(directory: str, path: str, what: str) -> str:
-    """The path of a file inside an unpacked release; C2Error when it is not there or not inside."""
-    full = os.path.normpath(os.path.join(directory, path))
-    if not inside(full, directory):
-        raise C2Error(f"{what}: {path} in release.json is not inside the release")
-    if not os.path.isfile(full):
-        raise C2Error(f"{what}: release.json names {path}, which is not in the archive")
-    return full
 
 
 # --------------------------------------------------------------------------------------------------
