@@ -1914,6 +1914,9 @@ NGINX_LINKS = "cd /etc/nginx; ln -sf c2/conf/nginx.conf c2/conf/candidate.conf .
 NGINX_START = NGINX_LINKS + "; exec nginx -g 'daemon off;'"
 PROXY_DIRS = ("conf", "live", "ports", "certs")  # mounted into the container, below /etc/nginx/c2
 CERTS_IN_PROXY = "/etc/nginx/c2/certs/"
+# How nginx is told to speak HTTP/2: by `http2 on` since 1.25.1, which warns of the older parameter
+# of `listen`; not at all where it was built without. The first that it takes is used.
+HTTP2_FORMS = ("on", "listen", "")
 CERTBOT_FILES = ("cert", "chain", "fullchain", "privkey")
 
 
@@ -1941,28 +1944,14 @@ def routes(config: Config, state: State) -> Dict[str, str]:
     return {name: f"../ports/{port or 'none'}" for name, port in table.items()}
 
 
-def nginx_version(said: str) -> str:
-    """The version in the answer to `nginx -v`, also of a build with another name
-    (openresty/1.27.1.2); "" for none.
-    """
-    found = re.search(r"nginx version: \S+?/(\d+(\.\d+)+)", said)
-    return found.group(1) if found else ""
+def nginx_context(
+    config: Config, state: State, certificates: Dict[str, list], http2: str = ""
+) -> dict:
+    """Give what the nginx template is expanded with: camus2's context, absent keys for nulls, and
+    c2's own under `c2`.
 
-
-def http2_form(version: str) -> str:
-    """How an nginx of this version is told to speak HTTP/2, by its CHANGES: "on", "listen", or ""
-    for not.
-    """
-    numbers = [int(n) for n in version.split(".")] if version else []
-    return "on" if numbers >= [1, 25, 1] else "listen" if numbers else ""
-
-
-def nginx_context(config: Config, state: State, certs: Dict[str, list], version: str = "") -> dict:
-    """What the nginx template is expanded with: camus2's context, absent keys for nulls, and c2's
-    own under `c2`.
-
-    certs: ENDPOINT -> (certificate, key), paths in the container, for the https endpoints that have
-    one; version: nginx's, on which the spelling of HTTP/2 depends.
+    certificates: ENDPOINT -> (certificate, key), paths in the container, for the https endpoints
+    that have one; http2: one of HTTP2_FORMS.
     """
     mode, health = config.proxy, config.health_check
     ports = mode.dynamic_port_range
@@ -1970,12 +1959,11 @@ def nginx_context(config: Config, state: State, certs: Dict[str, list], version:
     upstreams = (
         {*range(ports.v1, ports.v2), *(d.port for d in state.deploys.values())} if kept else set()
     )
-    http2 = http2_form(version)
     own = {
         "httpPort": mode.http_port,
         "httpsPort": mode.https_port,
-        "rejectUnknownTls": bool(certs),
-        "http2": http2 == "on",
+        "rejectUnknownTls": bool(certificates),
+        "http2": bool(certificates) and http2 == "on",
         "listenHttp2": " http2" if http2 == "listen" else "",
         "httpsSuffix": "" if mode.https_port == 443 else f":{mode.https_port}",
         "upstream": "c2_" if kept else "127.0.0.1:",
@@ -1996,8 +1984,8 @@ def nginx_context(config: Config, state: State, certs: Dict[str, list], version:
             entry["port"] = port_of(state, name)
         if end_point.certificate:
             entry["letsencryptWwwDir"] = config.letsencrypt_www_dir
-            if name in certs:
-                entry["sslCertPath"], entry["sslCertKeyPath"] = certs[name]
+            if name in certificates:
+                entry["sslCertPath"], entry["sslCertKeyPath"] = certificates[name]
         context["endPoints"].append({"https" if end_point.certificate else "http": entry})
     return context
 
@@ -2006,13 +1994,11 @@ def nginx_image(config: Config) -> str:
     return f"{config.nginx_docker_image}:{config.nginx_docker_version}"
 
 
-def compose_project_name(config: Config) -> str:
-    name = config.proxy.container_name
-    return (
-        "frontend-proxy"
-        if name == ProxyMode._field_defaults["container_name"]
-        else compose_project(name)
-    )
+def proxy_project(container: str) -> str:
+    """Name the compose project of the proxy's container."""
+    if container == ProxyMode._field_defaults["container_name"]:
+        return "frontend-proxy"
+    return compose_project(container)
 
 
 def compose_file(config: Config) -> str:
@@ -2047,7 +2033,9 @@ def compose_file(config: Config) -> str:
         "volumes": mounts,
         "logging": {"driver": "json-file", "options": {"max-size": "10m", "max-file": "3"}},
     }
-    plain = json.dumps({"name": compose_project_name(config), "services": services}, indent=2)
+    plain = json.dumps(
+        {"name": proxy_project(config.proxy.container_name), "services": services}, indent=2
+    )
     return plain.replace("$", "$$") + "\n"
 
 
@@ -3875,7 +3863,7 @@ def in_flight(host: Host, port: int) -> str:
         host.config.proxy.nginx_conf_template_path
     ):  # which may name the port itself, until it is reloaded
         with contextlib.suppress(C2Error):
-            if any(proxy_workers(host).values()):
+            if any(proxy_workers(container_name(host.config)).values()):
                 return "an nginx worker of before the last reload"
     return ""
 
@@ -3891,73 +3879,121 @@ class Container(NamedTuple):
     restarts: how often the engine has started it again by itself; restarting: it is about to.
     """
 
+    name: str
     running: bool = False
     restarting: bool = False
     restarts: int = 0
-    image: str = ""
     directory: str = ""
 
 
-def compose(host: Host, *args: str, **options: Any) -> str:
-    """Run docker compose on the proxy's project and return what it wrote to stdout."""
-    directory = host.config.proxy_path()
-    project = ["-p", compose_project_name(host.config)]
-    file = ["-f", os.path.join(directory, "docker-compose.yml")]
-    return docker_compose([*project, *file, *args], DOCKER_TIMEOUT_SECS, directory, **options)
+class ProxyFacts(NamedTuple):
+    """What decides on a change of the proxy."""
+
+    container: Container
+    created_from: Optional[str]  # the compose file that the container was created from
+    compose_file: str  # the one of this configuration
+    certificates: Dict[str, list]  # ENDPOINT -> (certificate, key), as the container sees them
+    http2: str  # the form of HTTP/2 that nginx takes, as far as is known
+    conf: Optional[str]  # nginx's configuration, in its place
+    rendered: str  # the one of the state that is to be served
+    untaken: bool  # nobody knows whether nginx has taken the one in its place
+
+
+class ProxyChange(NamedTuple):
+    """What makes the proxy serve a state; done in this order."""
+
+    claim_ports: bool  # refuse when another program holds them
+    recreate: bool  # the container, which runs, is made anew: an outage of seconds
+    test: bool  # have nginx test the rendered configuration, and put it in its place
+    http2: str  # in which form at first
+    bring_up: bool
+    reload: bool
+    verify: bool  # ask nginx what it serves then
+
+
+def proxy_change(facts: ProxyFacts, start: bool) -> ProxyChange:
+    """Decide what makes the proxy serve the rendered configuration; where it does not run, only if
+    it is to `start`.
+    """
+    container = facts.container
+    recreate = container.running and (
+        nginx_service(facts.created_from) != nginx_service(facts.compose_file)
+    )
+    stays = container.running and not recreate
+    changed = facts.untaken or facts.conf != facts.rendered
+    bring_up = recreate or start and not container.running
+    return ProxyChange(
+        claim_ports=bring_up and not container.running and not container.restarting,
+        recreate=recreate,
+        test=bring_up or stays and changed,
+        http2=HTTP2_FORMS[0] if bring_up else facts.http2,
+        bring_up=bring_up,
+        # A kill may have come between a container's being created and its being recorded.
+        reload=recreate or stays and changed,
+        verify=bring_up or stays,
+    )
+
+
+def http2_form(context: dict) -> str:
+    """Tell which of HTTP2_FORMS a context has; the first where there is no TLS yet."""
+    own = context.get("c2", {})
+    if own.get("listenHttp2"):
+        return "listen"
+    return "" if served_certificates(context) and not own.get("http2") else "on"
+
+
+def compose(config: Config, container: str, *args: str, **options: Any) -> str:
+    """Run docker compose on the project of the proxy's container and return its stdout."""
+    directory = config.proxy_path()
+    file = os.path.join(directory, "docker-compose.yml")
+    command = ["docker", "compose", "-p", proxy_project(container), "-f", file, *args]
+    try:
+        return run(command, DOCKER_TIMEOUT_SECS, directory, **options)
+    except CommandFailed as e:
+        if re.search("unknown shorthand flag|is not a docker command", e.output):
+            raise C2Error(
+                "docker has no compose; install its compose plugin, version 2 or later"
+            ) from None
+        raise
 
 
 def active_compose_file(config: Config) -> Optional[str]:
-    """The compose file that the proxy's container was made from; while that changes, the one
-    before.
+    """Read the compose file that the proxy's container was created from: while that changes, the
+    one before.
     """
     before = read_file(config.proxy_path("docker-compose.before.yml"))
     return read_file(config.proxy_path("docker-compose.yml")) if before is None else before
 
 
-def with_running_container(host: Host) -> Host:
-    """The host with the container name of its compose file, which may be another than that of the
-    configuration: the proxy that was made by that name goes before the new one comes."""
-    mode, service = host.config.proxy, nginx_service(active_compose_file(host.config))
-    name = service["container_name"] if service else mode.container_name
-    if name == mode.container_name:
-        return host
-    mode = mode._replace(container_name=name)
-    return host._replace(config=host.config._replace(deploy_mode=mode))
+def container_name(config: Config) -> str:
+    """Name the proxy's container as it was created, which the configuration may call otherwise."""
+    service = nginx_service(active_compose_file(config))
+    return service["container_name"] if service else config.proxy.container_name
 
 
-def inspect_proxy(host: Host) -> Container:
-    """The proxy's container; Refused when one of that name belongs to something else."""
-    config, name = host.config, host.config.proxy.container_name
+def inspect_proxy(config: Config, name: str) -> Container:
+    """Ask the engine for the proxy's container; Refused when it belongs to something else."""
+    fields = "{{.State.Running}} {{.State.Restarting}} {{.RestartCount}} "
+    label = '{{index .Config.Labels "com.docker.compose.project.working_dir"}}'
     try:
-        answer = run(
-            [
-                "docker",
-                "inspect",
-                "--type",
-                "container",
-                "-f",
-                "{{.State.Running}} {{.State.Restarting}} {{.RestartCount}} {{.Image}} "
-                "{{index .Config.Labels "
-                '"com.docker.compose.project.working_dir"}}',
-                name,
-            ]
-        )
+        answer = run(["docker", "inspect", "--type", "container", "-f", fields + label, name])
     except CommandFailed as e:
         if "no such" in e.output.lower():
-            return Container()
+            return Container(name)
         raise
-    running, restarting, restarts, image, directory = (answer.strip() + "  ").split(" ", 4)
-    if os.path.realpath(directory.strip()) != os.path.realpath(config.proxy_path()):
+    running, restarting, restarts, directory = (answer.strip() + "  ").split(" ", 3)
+    directory = directory.strip()
+    if os.path.realpath(directory) != os.path.realpath(config.proxy_path()):
         raise Refused(
-            f"the container {name} belongs to {directory.strip() or 'no compose project'}, not to "
+            f"the container {name} belongs to {directory or 'no compose project'}, not to "
             f"{config.proxy_path()}; remove it, or set deployMode.proxy.containerName"
         )
     return Container(
+        name,
         running == "true" and restarting != "true",
         restarting == "true",
         int(restarts) if restarts.isdigit() else 0,
-        image,
-        directory.strip(),
+        directory,
     )
 
 
@@ -3974,25 +4010,9 @@ def proxy_death(restarts: Optional[int], found: Container) -> str:
     return "the proxy did not run"
 
 
-def ask_nginx(host: Host, container: Container, runs: bool) -> dict:
-    """Image and version of the proxy's nginx: of the container if it runs and stays, else of the
-    image that it will be made from. The last context remembers the answer.
-    """
-    config, known = host.config, last_context(host.config).get("c2", {}).get("nginx", {})
-    if runs and known.get("image") == container.image:
-        return known
-    args = (
-        ["exec", config.proxy.container_name, "nginx"]
-        if runs
-        else ["run", "--rm", "--entrypoint", "nginx", nginx_image(config)]
-    )
-    said = run(["docker", *args, "-v"], DOCKER_TIMEOUT_SECS, stderr_to_stdout=True)
-    return {"image": container.image if runs else "", "version": nginx_version(said)}
-
-
-def proxy_workers(host: Host) -> Dict[str, bool]:
-    """nginx's worker processes: pid -> whether it is shutting down."""
-    lines = run(["docker", "top", host.config.proxy.container_name, "-eo", "pid,args"]).splitlines()
+def proxy_workers(container: str) -> Dict[str, bool]:
+    """List nginx's worker processes: pid -> whether it is shutting down."""
+    lines = run(["docker", "top", container, "-eo", "pid,args"]).splitlines()
     return {
         line.split()[0]: "is shutting down" in line
         for line in lines
@@ -4000,14 +4020,14 @@ def proxy_workers(host: Host) -> Dict[str, bool]:
     }
 
 
-def reload_proxy(host: Host) -> None:
+def reload_proxy(container: str) -> None:
     """Make nginx read its configuration; C2Error when it has not taken it."""
-    before = set(proxy_workers(host))
-    run(["docker", "kill", "-s", "HUP", host.config.proxy.container_name])
-    await_workers(host, before, "nginx has not taken its new configuration")
+    before = set(proxy_workers(container))
+    run(["docker", "kill", "-s", "HUP", container])
+    await_workers(container, before, "nginx has not taken its new configuration")
 
 
-def await_workers(host: Host, before: set, problem: str) -> None:
+def await_workers(container: str, before: set, problem: str) -> None:
     """Wait until workers serve that are not of `before`, and they alone; C2Error with `problem` and
     nginx's words.
 
@@ -4015,32 +4035,29 @@ def await_workers(host: Host, before: set, problem: str) -> None:
     nginx may have kept its old configuration, still try to get a port, or begin and die again and
     again.
     """
-    deadline = time.monotonic() + RELOAD_TIMEOUT_SECS
-    while time.monotonic() < deadline:
+    for _ in attempts(RELOAD_TIMEOUT_SECS):
         with contextlib.suppress(CommandFailed):
-            active = {pid for pid, leaving in proxy_workers(host).items() if not leaving}
+            active = {pid for pid, leaving in proxy_workers(container).items() if not leaving}
             if active and not active & before:
                 return
-        time.sleep(0.05)
-    raise C2Error(f"{problem}: {recent_nginx_errors(host)}")
+    raise C2Error(f"{problem}: {recent_nginx_errors(container)}")
 
 
-def recent_nginx_errors(host: Host) -> str:
-    """The last complaints of nginx."""
-    name = host.config.proxy.container_name
+def recent_nginx_errors(container: str) -> str:
+    """Read the last errors of nginx in its log."""
     try:
-        said = run(["docker", "logs", "--since", "20s", name], stderr_to_stdout=True)
+        log = run(["docker", "logs", "--since", "20s", container], stderr_to_stdout=True)
     except C2Error as e:
         return str(e)
-    return nginx_errors(said) or f"it says nothing; look at docker logs {name}"
+    return nginx_errors(log) or f"it logged no error; look at docker logs {container}"
 
 
-def nginx_errors(said: str) -> str:
-    """Why nginx does not take a configuration, or can't run, in its words: each once, on one
+def nginx_errors(output: str) -> str:
+    """Find why nginx does not take a configuration, or can't run, in its words: each once, on one
     line.
     """
-    words = re.findall(r"\[emerg\] (?:\d+#\d+: )?(.+)", said)
-    return "; ".join(list(dict.fromkeys(words))[-3:])
+    errors = re.findall(r"\[emerg\] (?:\d+#\d+: )?(.+)", output)
+    return "; ".join(list(dict.fromkeys(errors))[-3:])
 
 
 def render_nginx(config: Config, context: dict) -> str:
@@ -4090,172 +4107,6 @@ def restore_links(config: Config) -> None:
         set_links(config, routes(config, load_state(config)))
 
 
-def install_nginx_conf(host: Host, conf: str, running: bool) -> Callable[[], None]:
-    """Test a configuration inside the proxy's image, then put it in place; returns what takes it
-    back.
-
-    Raises C2Error with nginx's own words when it fails the test; then nothing has changed. The
-    tested candidate stays until nginx is known to serve it: where there is one, a reload is due.
-    """
-    config = host.config
-    live, candidate = (
-        config.proxy_path("conf", "nginx.conf"),
-        config.proxy_path("conf", "candidate.conf"),
-    )
-    before, test = (
-        read_file(live),
-        ["sh", "-c", NGINX_LINKS + "; nginx -t -c /etc/nginx/candidate.conf"],
-    )
-    replace_file(candidate, conf)
-    try:
-        compose(
-            host,
-            *(["exec", "-T"] if running else ["run", "--rm", "-T", "--no-deps"]),
-            "nginx",
-            *test,
-        )
-    except BaseException as e:
-        os.unlink(candidate)
-        words = nginx_errors(getattr(e, "output", ""))
-        if not words:
-            raise
-        source = config.proxy.nginx_conf_template_path or "the built-in template"
-        raise C2Error(
-            f"nginx refuses the configuration made from {source}, and what it had stays in use: "
-            f"{words}"
-        ) from None
-    replace_file(live, conf)
-
-    def take_back() -> None:
-        replace_file(live, before) if before is not None else os.unlink(live)
-        if running:
-            run(["docker", "kill", "-s", "HUP", config.proxy.container_name])
-        os.unlink(candidate)
-
-    return take_back
-
-
-def gather_context(host: Host, state: State, container: Container, runs: bool) -> dict:
-    """The context of nginx's configuration; copies the certificates, and asks for nginx's
-    version.
-    """
-    certs = install_certificates(host)
-    nginx = ask_nginx(host, container, runs) if certs else {}
-    context = nginx_context(host.config, state, certs, nginx.get("version", ""))
-    context["c2"]["nginx"] = nginx  # so that it is not asked each time
-    return context
-
-
-def route(
-    host: Host, state: State, start: bool = True, check: Callable[[], None] = lambda: None
-) -> None:
-    """Make the proxy serve the connections of `state`; C2Error, and all as before, when it can't.
-
-    start: bring the proxy up if it does not run; check: raises when what it serves then is not
-    right. The switch itself is the rename of links; nginx reloads only when its rendered
-    configuration has changed.
-    """
-    config = host.config
-    former, layout, container = (
-        with_running_container(host),
-        compose_file(config),
-        inspect_proxy(host),
-    )
-    if former is not host:
-        container = inspect_proxy(former)
-    candidate = config.proxy_path("conf", "candidate.conf")
-    make_proxy_dirs(config, state)
-    old_layout = active_compose_file(config)
-    rebuild = container.running and nginx_service(old_layout) != nginx_service(layout)
-    runs = container.running and not rebuild
-    context = gather_context(host, state, container, runs)
-    conf = render_nginx(config, context)
-    if start and not container.running and not container.restarting:
-        require_free_ports(config, bool(served_certificates(context)))
-    reload_due = conf != read_file(config.proxy_path("conf", "nginx.conf")) or os.path.exists(
-        candidate
-    )
-    if rebuild:
-        host.log.warn(
-            "proxy",
-            "the proxy's image, name or directories have changed: its container is made "
-            "anew, which refuses connections for a few seconds",
-        )
-    with undo_on_failure() as undo:
-        write_compose_file(config, layout, old_layout, undo)
-        if (start or container.running) and (reload_due or not runs):
-            undo.append(install_nginx_conf(host, conf, runs))
-        before = read_links(config)
-        undo.append(lambda: set_links(config, before))
-        set_links(config, routes(config, state))
-        if runs and reload_due:
-            reload_proxy(host)
-            host.log.info("reload", "nginx serves its new configuration")
-        elif not runs and (start or rebuild):
-            bring_up(host, former, bool(container.directory), undo)
-            if rebuild:
-                reload_proxy(host)  # a kill may have come between its being made and being recorded
-        if start or container.running:
-            verify(host, state, conf)
-            check()
-    for path in (candidate, config.proxy_path("docker-compose.before.yml")):
-        remove(path)
-    replace_file(config.proxy_path("nginx.ctx.json"), json.dumps(context, indent=2) + "\n")
-    remove_old_certificates(config)
-
-
-def write_compose_file(config: Config, layout: str, old: Optional[str], undo: list) -> None:
-    """Write the compose file; the `old` one is kept beside it until the container has been made
-    anew.
-    """
-    path, before = (
-        config.proxy_path("docker-compose.yml"),
-        config.proxy_path("docker-compose.before.yml"),
-    )
-
-    def take_back() -> None:
-        if old is not None:
-            replace_file(path, old)
-        remove(before)
-
-    if layout != old or layout != read_file(path):
-        undo.append(take_back)
-        if old is not None:
-            replace_file(before, old)
-        replace_file(path, layout)
-
-
-def bring_up(host: Host, former: Host, there: bool, undo: list) -> None:
-    """Make or start the proxy's container, in place of the `former` one if that had another
-    name.
-    """
-    host.log.info("proxy", "bringing the proxy up")
-    if former is not host and there:
-        undo.insert(
-            0, lambda: compose(former, "up", "-d", "nginx")
-        )  # when its compose file is back
-        compose(former, "down")
-    if former is not host or not there:
-        undo.append(lambda: compose(host, "down"))
-    compose(host, "up", "-d", "nginx")
-    await_workers(host, set(), "the proxy does not run")
-
-
-def require_free_ports(config: Config, https: bool) -> None:
-    """Raise if another program holds a port of the proxy: nginx would try for 2.5 s, and again for
-    ever.
-    """
-    needed = {"httpPort": config.proxy.http_port}
-    if https:
-        needed["httpsPort"] = config.proxy.https_port
-    for key, port in needed.items():
-        if port_taken(port):
-            raise C2Error(
-                f"another program holds port {port}, which the proxy needs; `ss -ltnp` shows "
-                f"which; end it, or set deployMode.proxy.{key}"
-            )
-
-
 @contextlib.contextmanager
 def undo_on_failure() -> Any:
     """Collect what takes back what has been done; when the body fails these are called, last
@@ -4274,36 +4125,234 @@ def undo_on_failure() -> Any:
         raise
 
 
+def require_free_ports(config: Config, https: bool) -> None:
+    """Raise if another program holds a port of the proxy: nginx would try for 2.5 s, and again for
+    ever.
+    """
+    needed = {"httpPort": config.proxy.http_port}
+    if https:
+        needed["httpsPort"] = config.proxy.https_port
+    for key, port in needed.items():
+        if port_taken(port):
+            raise C2Error(
+                f"another program holds port {port}, which the proxy needs; `ss -ltnp` shows "
+                f"which; end it, or set deployMode.proxy.{key}"
+            )
+
+
+def restore_file(path: str, content: Optional[str]) -> None:
+    """Make a file what it was: of this content, or not there."""
+    if content is None:
+        remove(path)
+    else:
+        replace_file(path, content)
+
+
 def verify(host: Host, state: State, conf: str) -> None:
     """Ask nginx which port each endpoint has; C2Error when it is wrong, or nginx does not run any
     more.
     """
-    config, deadline = host.config, time.monotonic() + ASK_TIMEOUT_SECS
+    config = host.config
+    port, container = config.proxy.http_port, config.proxy.container_name
     if "/.c2/port" not in conf:
         return  # an own template: the reload has been verified by the workers
-    for name, end_point in sorted(config.end_points.items()):
-        host_name = re.sub(r"^\*?\.", "c2.", end_point.server_names[0]).replace(".*", ".c2")
-        want = str(port_of(state, name) or "")
-        while True:
-            answer = http_get(config.proxy.http_port, "/.c2/port", host_name, timeout=1)
-            if answer and answer[0] == 200 and answer[1] == f"port={want}":
-                break
-            if time.monotonic() > deadline:
-                if answer and answer[1].startswith("port="):
-                    raise C2Error(
-                        f"nginx has {answer[1]} for {name}, not {want or 'none'}; it looks at "
-                        "another directory; c2 shutdown-frontend-proxy, then c2 connect again"
-                    )
-                if not inspect_proxy(host).running:
-                    raise C2Error(f"the proxy does not run: {recent_nginx_errors(host)}")
-                host.log.warn(
-                    "verify",
-                    f"nginx does not say on port {config.proxy.http_port} where {name} "
-                    "points; c2 can't tell whether the switch has happened",
-                    endpoint=name,
-                )
-                break
-            time.sleep(0.05)
+
+    def answer_for(end_point: str) -> str:
+        name = config.end_points[end_point].server_names[0]
+        name = re.sub(r"^\*?\.", "c2.", name).replace(".*", ".c2")
+        status, body = http_get(port, "/.c2/port", name, timeout=1) or (0, "")
+        return body if status == 200 else ""
+
+    wanted = {name: f"port={port_of(state, name) or ''}" for name in sorted(config.end_points)}
+    for _ in attempts(ASK_TIMEOUT_SECS):
+        answers = {name: answer_for(name) for name in wanted}
+        wanted = {name: want for name, want in wanted.items() if answers[name] != want}
+        if not wanted:
+            return
+    for name, want in wanted.items():
+        if answers[name].startswith("port="):
+            raise C2Error(
+                f"nginx has {answers[name]} for {name}, not {want}; it looks at another directory; "
+                "c2 shutdown-frontend-proxy, then c2 connect again"
+            )
+    if not inspect_proxy(config, container).running:
+        raise C2Error(f"the proxy does not run: {recent_nginx_errors(container)}")
+    for name in wanted:
+        host.log.warn(
+            "verify",
+            f"nginx does not say on port {port} where {name} points; c2 can't tell whether the "
+            "switch has happened",
+            endpoint=name,
+        )
+
+
+def write_compose_file(config: Config, facts: ProxyFacts, undo: list) -> None:
+    """Write the compose file; the one that the container was created from is kept beside it until
+    the container has been made anew.
+    """
+    path = config.proxy_path("docker-compose.yml")
+    before = config.proxy_path("docker-compose.before.yml")
+    if facts.compose_file == facts.created_from == read_file(path):
+        return
+    undo.append(lambda: remove(before))
+    undo.append(lambda: restore_file(path, facts.created_from))
+    if facts.created_from is not None:
+        replace_file(before, facts.created_from)
+    replace_file(path, facts.compose_file)
+
+
+def test_nginx_conf(config: Config, running: bool, conf: str) -> None:
+    """Have nginx test a configuration; C2Error with its own words when it fails.
+
+    What has passed stays as candidate.conf until nginx is known to serve it.
+    """
+    candidate = config.proxy_path("conf", "candidate.conf")
+    before = read_file(candidate)
+    replace_file(candidate, conf)
+    how = ["exec", "-T"] if running else ["run", "--rm", "-T", "--no-deps"]
+    command = NGINX_LINKS + "; nginx -t -c /etc/nginx/candidate.conf"
+    try:
+        compose(config, config.proxy.container_name, *how, "nginx", "sh", "-c", command)
+    except BaseException as e:
+        restore_file(candidate, before)
+        errors = nginx_errors(getattr(e, "output", ""))
+        if not errors:
+            raise
+        source = config.proxy.nginx_conf_template_path or "the built-in template"
+        raise C2Error(
+            f"nginx refuses the configuration made from {source}, and what it had stays in use: "
+            f"{errors}"
+        ) from None
+
+
+def find_nginx_conf(
+    config: Config, state: State, certificates: Dict[str, list], http2: str, running: bool
+) -> Tuple[dict, str]:
+    """Render nginx's configuration in the first form of HTTP/2, from `http2` on, that it takes;
+    gives the context, too.
+    """
+    for form in HTTP2_FORMS[HTTP2_FORMS.index(http2) :]:
+        context = nginx_context(config, state, certificates, form)
+        conf = render_nginx(config, context)
+        try:
+            test_nginx_conf(config, running, conf)
+            break
+        except C2Error as e:
+            if '"http2"' not in str(e) or form == HTTP2_FORMS[-1]:
+                raise
+    return context, conf
+
+
+def install_nginx_conf(config: Config, running: bool, conf: str, undo: list) -> None:
+    """Put a configuration that has passed the test into its place."""
+    path = config.proxy_path("conf", "nginx.conf")
+    before = read_file(path)
+
+    def take_back() -> None:
+        restore_file(path, before)
+        if running:
+            run(["docker", "kill", "-s", "HUP", config.proxy.container_name])
+        remove(config.proxy_path("conf", "candidate.conf"))
+
+    undo.append(take_back)
+    replace_file(path, conf)
+
+
+def bring_up(host: Host, former: Container, undo: list) -> None:
+    """Create or start the proxy's container, in place of the `former` one if that had another
+    name.
+    """
+    config, name = host.config, host.config.proxy.container_name
+    host.log.info("proxy", "bringing the proxy up")
+    exists = bool(former.directory)
+    if exists and former.name != name:
+        # First of all, so that it is last: when the files are those of before again.
+        undo.insert(0, lambda: compose(config, former.name, "up", "-d", "nginx"))
+        compose(config, former.name, "down")
+        exists = False
+    if not exists:
+        undo.append(lambda: compose(config, name, "down"))
+    compose(config, name, "up", "-d", "nginx")
+    await_workers(name, set(), "the proxy does not run")
+
+
+def proxy_facts(host: Host, state: State) -> ProxyFacts:
+    """Gather what decides on a change; Refused when a container belongs to something else."""
+    config = host.config
+    container = inspect_proxy(config, container_name(config))
+    if container.name != config.proxy.container_name:
+        inspect_proxy(config, config.proxy.container_name)
+    make_proxy_dirs(config, state)
+    certificates = install_certificates(host)
+    http2 = http2_form(last_context(config))
+    return ProxyFacts(
+        container,
+        active_compose_file(config),
+        compose_file(config),
+        certificates,
+        http2,
+        read_file(config.proxy_path("conf", "nginx.conf")),
+        render_nginx(config, nginx_context(config, state, certificates, http2)),
+        os.path.exists(config.proxy_path("conf", "candidate.conf")),
+    )
+
+
+def apply_proxy_change(
+    host: Host, state: State, facts: ProxyFacts, change: ProxyChange, check: Callable[[], None]
+) -> dict:
+    """Do what was decided; C2Error, and all as before, when it can't be done. Gives the context of
+    the configuration that nginx has then.
+    """
+    config = host.config
+    name = config.proxy.container_name
+    context = nginx_context(config, state, facts.certificates, change.http2)
+    conf = facts.rendered
+    if change.claim_ports:
+        require_free_ports(config, bool(facts.certificates))
+    if change.recreate:
+        host.log.warn(
+            "proxy",
+            "the proxy's image, name or directories have changed: its container is made "
+            "anew, which refuses connections for a few seconds",
+        )
+    with undo_on_failure() as undo:
+        write_compose_file(config, facts, undo)
+        if change.test:
+            running = not change.bring_up
+            context, conf = find_nginx_conf(
+                config, state, facts.certificates, change.http2, running
+            )
+            install_nginx_conf(config, running, conf, undo)
+        links = read_links(config)
+        undo.append(lambda: set_links(config, links))
+        set_links(config, routes(config, state))
+        if change.bring_up:
+            bring_up(host, facts.container, undo)
+        if change.reload:
+            reload_proxy(name)
+            host.log.info("reload", "nginx serves its new configuration")
+        if change.verify:
+            verify(host, state, conf)
+            check()
+    return context
+
+
+def route(
+    host: Host, state: State, start: bool = True, check: Callable[[], None] = lambda: None
+) -> None:
+    """Make the proxy serve the connections of `state`; C2Error, and all as before, when it can't.
+
+    start: bring the proxy up if it does not run; check: raises when what it serves then is not
+    right. The switch itself is the rename of links; nginx reloads only when its rendered
+    configuration has changed.
+    """
+    config = host.config
+    facts = proxy_facts(host, state)
+    context = apply_proxy_change(host, state, facts, proxy_change(facts, start), check)
+    remove(config.proxy_path("conf", "candidate.conf"))
+    remove(config.proxy_path("docker-compose.before.yml"))
+    replace_file(config.proxy_path("nginx.ctx.json"), json.dumps(context, indent=2) + "\n")
+    remove_old_certificates(config)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4549,7 +4598,8 @@ def run_certbot(host: Host) -> None:
     )
     try:
         compose(
-            host,
+            config,
+            config.proxy.container_name,
             "run",
             "--rm",
             "-T",
@@ -5714,15 +5764,17 @@ class Slave:
         where it runs again: so the record tells of it, and of one that dies again and again for as
         long as it does, with growing pauses.
         """
-        former = with_running_container(self.host)
-        found = inspect_proxy(former)
+        config = self.host.config
+        found = inspect_proxy(config, container_name(config))
         death = proxy_death(self.restarts, found)
         if death:
-            death += f": {recent_nginx_errors(former)}" if found.directory else ""
+            death += f": {recent_nginx_errors(found.name)}" if found.directory else ""
             # The heartbeat may come before it runs again.
             self.problems = [*self.problems, {"message": death}]
         route(self.host, state)
-        self.restarts = (found if found.running else inspect_proxy(self.host)).restarts
+        if not found.running:
+            found = inspect_proxy(config, container_name(config))
+        self.restarts = found.restarts
         if death:
             raise C2Error(f"{death}; it runs again")
 
@@ -6494,9 +6546,9 @@ def cmd_restart_frontend_proxy(host: Host, args: Any) -> None:
 def cmd_shutdown_frontend_proxy(host: Host, args: Any) -> None:
     require_proxy(host.config, "shutdown-frontend-proxy")
     with changing(host, args.lock_wait, verb="shutdown-frontend-proxy"):
-        host = with_running_container(host)
-        if inspect_proxy(host).directory:
-            compose(host, "down")
+        name = container_name(host.config)
+        if inspect_proxy(host.config, name).directory:
+            compose(host.config, name, "down")
         alone = "c2 connect or c2 restart-frontend-proxy bring"
         up = "slave-update brings" if host.config.remote else alone
         host.log.info("proxy", f"the proxy is down; {up} it up again")

@@ -5159,6 +5159,100 @@ class Proxy(Sandbox):
         return os.readlink(self.path("deploys", "frontend-proxy", "live", name))
 
 
+class ProxyChanges(unittest.TestCase):
+    """What is done to the proxy follows from what is found: a table."""
+
+    def facts(self, found="runs", made="same", conf="same", http2="listen"):
+        """The words of the table, as facts."""
+        config = https_config("/x")
+        mode = config.proxy._replace(container_name="other")
+        wanted = c2.compose_file(config)
+        return c2.ProxyFacts(
+            {
+                "runs": c2.Container("frontendproxy", True, False, 0, "/x"),
+                "restarts": c2.Container("frontendproxy", False, True, 9, "/x"),
+                "ended": c2.Container("frontendproxy", False, False, 0, "/x"),
+                "none": c2.Container("frontendproxy"),
+            }[found],
+            {
+                "same": wanted,
+                "certbot": c2.compose_file(config._replace(certbot_docker_version="v1")),
+                "image": c2.compose_file(config._replace(nginx_docker_version="1")),
+                "name": c2.compose_file(
+                    config._replace(deploy_mode=c2.Variant("proxy", mode)),
+                ),
+                "camus2": "services:\n  nginx: {}\n",
+                "none": None,
+            }[made],
+            wanted,
+            {},
+            http2,
+            None if conf == "none" else "conf",
+            "new" if conf == "new" else "conf",
+            conf == "untaken",
+        )
+
+    def test_table(self):
+        rebuilt = "recreate test(on) bring_up reload verify"
+        begun = "claim_ports test(on) bring_up verify"
+        for facts, start, change in (
+            (("runs",), True, "verify"),
+            (("runs",), False, "verify"),
+            (("runs", "certbot"), True, "verify"),
+            (("runs", "same", "new"), True, "test(listen) reload verify"),
+            (("runs", "same", "new"), False, "test(listen) reload verify"),
+            (("runs", "same", "none"), True, "test(listen) reload verify"),
+            (("runs", "same", "untaken"), True, "test(listen) reload verify"),
+            (("runs", "image"), True, rebuilt),
+            (("runs", "image"), False, rebuilt),
+            (("runs", "image", "new"), True, rebuilt),
+            (("runs", "name"), True, rebuilt),
+            (("runs", "camus2"), True, rebuilt),
+            (("runs", "none"), True, rebuilt),
+            (("none", "none", "none"), True, begun),
+            (("none", "same"), True, begun),
+            (("ended", "image"), True, begun),
+            (("restarts", "same"), True, "test(on) bring_up verify"),
+            (("none", "none", "none"), False, ""),
+            (("ended", "image", "untaken"), False, ""),
+            (("restarts",), False, ""),
+        ):
+            decided = c2.proxy_change(self.facts(*facts), start)
+            shown = " ".join(
+                name + ("(%s)" % decided.http2 if name == "test" else "")
+                for name, value in decided._asdict().items()
+                if value is True
+            )
+            self.assertEqual(change, shown, (facts, start))
+
+    def test_laws(self):
+        for found, made, conf, http2, start in itertools.product(
+            ("runs", "restarts", "ended", "none"),
+            ("same", "certbot", "image", "name", "camus2", "none"),
+            ("same", "new", "untaken", "none"),
+            c2.HTTP2_FORMS,
+            (True, False),
+        ):
+            facts = self.facts(found, made, conf, http2)
+            change = c2.proxy_change(facts, start)
+            about = (found, made, conf, http2, start, change)
+            self.assertEqual(change.verify, found == "runs" or start, about)
+            self.assertFalse(change.recreate and found != "runs", about)
+            self.assertFalse(change.claim_ports and found in ("runs", "restarts"), about)
+            self.assertEqual(change.bring_up, change.recreate or start and found != "runs", about)
+            if conf != "same" and change.verify:  # no configuration serves that was not tested
+                self.assertTrue(change.test and (change.reload or change.bring_up), about)
+            done = facts._replace(
+                container=facts.container._replace(running=change.verify, restarting=False),
+                created_from=facts.compose_file,
+                conf=facts.rendered if change.test else facts.conf,
+                untaken=False,
+            )
+            if change.verify:  # what has been done is not done again
+                again = c2.proxy_change(done, start)
+                self.assertEqual([True], [v for v in again if v is True], about)
+
+
 class ProxyWithoutDocker(Proxy):
     """What needs no running proxy."""
 
@@ -7422,16 +7516,16 @@ class DeadProxies(FleetCase):
 
 class ProxyDeaths(unittest.TestCase):
     def test_table(self):
-        runs = c2.Container(True, False, 2, "i", "d")
+        runs = c2.Container("frontendproxy", True, False, 2, "d")
         for restarts, found, words in (
-            (None, c2.Container(), ""),
+            (None, c2.Container("frontendproxy"), ""),
             (None, runs, ""),
             (2, runs, ""),
             (3, runs, ""),  # by hand, or made anew
             (1, runs, "died.*count 2"),
             (2, runs._replace(running=False), "did not run"),
             (1, runs._replace(running=False, restarting=True), "died.*count 2"),
-            (0, c2.Container(), "gone"),
+            (0, c2.Container("frontendproxy"), "gone"),
         ):
             self.assertRegex(c2.proxy_death(restarts, found), words or "^$")
 
@@ -7901,14 +7995,13 @@ class Staying(unittest.TestCase):
             self.assertEqual(3, len(rounds), "a full round looks after it")
 
     def test_a_proxy_that_dies_again_and_again(self):
-        slave, found = self.slave(), [c2.Container(True, False, 0, "i", "d")]
+        slave, found = self.slave(), [c2.Container("frontendproxy", True, False, 0, "d")]
         state, pauses = c2.State(), []
         with mock.patch.multiple(
             c2,
-            with_running_container=lambda host: host,
-            inspect_proxy=lambda host: found[0],
+            inspect_proxy=lambda config, name: found[0],
             route=lambda host, state: None,
-            recent_nginx_errors=lambda host: "[emerg] no",
+            recent_nginx_errors=lambda name: "[emerg] no",
         ):
 
             def attempt():
@@ -8169,34 +8262,37 @@ class CertificateRules(unittest.TestCase):
             self.assertIsNone(c2.nginx_service(foreign))
 
     def test_http2_is_spelled_as_this_nginx_wants_it(self):
-        for said, version, form in (
-            ("nginx version: nginx/1.25.1\n", "1.25.1", "on"),
-            ("nginx version: nginx/2.0", "2.0", "on"),
-            ("nginx version: nginx/1.27.0 (Ubuntu)", "1.27.0", "on"),
-            ("nginx version: nginx/1.25.0", "1.25.0", "listen"),
-            ("nginx version: nginx/1.9.15", "1.9.15", "listen"),
-            ("nginx version: openresty/1.27.1.2", "1.27.1.2", "on"),
-            ("nginx version: openresty/1.21.4.1", "1.21.4.1", "listen"),
-            ("Tengine version: Tengine/3.1.0\nnginx version: nginx/1.24.0", "1.24.0", "listen"),
-            (
-                "latest: Pulling from web/2.0\nDigest: sha256:12\nnginx version: nginx/1.24.0",
-                "1.24.0",
-                "listen",
-            ),
-            ("Angie version: Angie/1.8.1", "", ""),
-            ("nginx: not this one", "", ""),
-        ):
-            self.assertEqual(c2.nginx_version(said), version, said)
-            self.assertEqual(c2.http2_form(version), form, said)
         config, pairs = https_config("/x"), {"main": ["/c.crt", "/c.key"]}
-        for version, there, not_there in (
-            ("1.26.2", "  http2 on;", "ssl http2"),
-            ("1.24.0", "listen 443 ssl http2;", "http2 on"),
+        for form, there, not_there in (
+            ("on", "  http2 on;", "ssl http2"),
+            ("listen", "listen 443 ssl http2;", "http2 on"),
             ("", "listen 443 ssl;", "http2"),
         ):
-            conf = c2.render_nginx(config, c2.nginx_context(config, c2.State(), pairs, version))
+            context = c2.nginx_context(config, c2.State(), pairs, form)
+            self.assertEqual(c2.http2_form(context), form)
+            conf = c2.render_nginx(config, context)
             self.assertIn(there, conf)
             self.assertNotIn(not_there, conf)
+        without = c2.nginx_context(config, c2.State(), {}, "on")
+        self.assertNotIn("http2", c2.render_nginx(config, without))
+        for context in ({}, without):
+            self.assertEqual(c2.http2_form(context), "on")
+        unknown = '[emerg] unknown directive "http2" in /x:1'
+        for answers, taken in (
+            ([None], "on"),
+            ([unknown, None], "listen"),
+            ([unknown, 'the "http2" parameter requires ngx_http_v2_module', None], ""),
+            ([unknown] * 3, unknown),
+            (['unknown directive "htp2"'], 'directive "htp2"'),
+        ):
+            answers = [error and c2.C2Error(error) for error in answers]
+            with mock.patch.object(c2, "test_nginx_conf", side_effect=answers) as tested:
+                try:
+                    context, _ = c2.find_nginx_conf(config, c2.State(), pairs, "on", True)
+                    self.assertEqual(c2.http2_form(context), taken)
+                except c2.C2Error as e:
+                    self.assertIn(taken, str(e))
+            self.assertEqual(tested.call_count, len(answers))
 
     def test_hosts_that_a_certificate_is_for(self):
         certificate = c2.Certificate(["www.example.com", "*.shop.example.com"], 0, 1e9)
@@ -9111,32 +9207,31 @@ class CertificatesServed(Sandbox):
                 ["docker", "logs", "frontendproxy"], stderr=subprocess.STDOUT
             )
             self.assertNotIn(b"[warn]", said)
-        # One that does not say which it is does without; one that can't is refused with its words.
-        for code in (0, 1):
-            self.write(
-                "nginx",
-                '#!/bin/sh\n[ "$*" != -v ] || { echo version mine; exit %d; }\n'
-                'exec /usr/sbin/nginx "$@"\n' % code,
-                0o755,
-            )
-            self.write("Dockerfile", "FROM c2-test/nginx:local\nCOPY nginx /usr/local/sbin/nginx\n")
-            subprocess.check_output(
-                ["docker", "build", "-t", "c2-test/nginx-odd:%d" % code, self.dir],
-                stderr=subprocess.STDOUT,
-                env=dict(os.environ, DOCKER_BUILDKIT="0"),
-            )
-            self.https(
-                {"shop": (["shop.example.test"], explicit(pair))},
-                nginxDockerVersion=str(code),
-                nginxDockerImage="c2-test/nginx-odd",
-            )
-            ran = self.c2("connect", "shop", "blue", code=code)
-            self.assertEqual(
-                self.session("shop.example.test", pair[0])[:2], ("TLSv1.3", "http/1.1")
-            )
-        self.assertRegex(
-            ran.err, "error: docker run .* c2-test/nginx-odd:1 .*: exit 1: version mine"
+        # One that was built without it does without.
+        self.write(
+            "nginx",
+            '#!/bin/sh\n[ "$1" != -t ] || ! grep -q http2 "$3" || '
+            "{ echo 'nginx: [emerg] unknown directive \"http2\"' >&2; exit 1; }\n"
+            'exec /usr/sbin/nginx "$@"\n',
+            0o755,
         )
+        self.write("Dockerfile", "FROM c2-test/nginx:local\nCOPY nginx /usr/local/sbin/nginx\n")
+        subprocess.check_output(
+            ["docker", "build", "-t", "c2-test/nginx-odd:1", self.dir],
+            stderr=subprocess.STDOUT,
+            env=dict(os.environ, DOCKER_BUILDKIT="0"),
+        )
+        self.https(
+            {"shop": (["shop.example.test"], explicit(pair))},
+            nginxDockerVersion="1",
+            nginxDockerImage="c2-test/nginx-odd",
+        )
+        self.c2("connect", "shop", "blue")
+        self.assertEqual(self.session("shop.example.test", pair[0])[:2], ("TLSv1.3", "http/1.1"))
+        proxy = self.container()
+        self.c2("restart-frontend-proxy")
+        self.assertEqual((self.container(), self.log()[-1]["event"]), (proxy, "proxy"))
+        self.assertNotIn("reload", [e["event"] for e in self.log()[-2:]])
 
     def test_another_program_on_the_https_port(self):
         pair = make_certificate(self.dir, "one", ["shop.example.test"])
@@ -9225,7 +9320,7 @@ FAKE_DOCKER = r"""#!/bin/sh
 say() { echo "$*" >&2; exit 1; }
 [ "$1" != compose ] || shift 5
 case $1 in
-inspect) [ -e "$FAKE/up" ] || say "Error: No such container: $6"; echo "true false 0 image $FAKE_DIR" ;;
+inspect) [ -e "$FAKE/up" ] || say "Error: No such container: $6"; echo "true false 0 $FAKE_DIR" ;;
 top) echo "PID COMMAND"; [ ! -e "$FAKE/up" ] || echo "$(cat "$FAKE/up") nginx: worker process" ;;
 kill) [ -e "$FAKE/up" ] || say no container; echo $(($(cat "$FAKE/up") + 1)) >"$FAKE/up" ;;
 up) [ -e "$FAKE/up" ] || echo 100 >"$FAKE/up" ;;
