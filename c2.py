@@ -2053,48 +2053,6 @@ def ports_context(port: int, ports: PortRange) -> Dict[str, int]:
     return dict({"http": port}, **{name: p for name, p in extra.items() if p <= 65535})
 
 
-class Certificate(NamedTuple):
-    """What a certificate says of itself: its host names, and from when until when it is valid (Unix
-    times)."""
-
-    names: List[str]
-    begins: float
-    ends: float
-
-    @property
-    def until(self) -> str:
-        return utc_now(self.ends)[:10]
-
-    def days_left(self, now: float) -> int:
-        return int((self.ends - now) // 86400)
-
-    def covers(self, host: str) -> bool:
-        """Whether it is for `host`; a wildcard stands for one label. What no certificate can name
-        counts as covered.
-        """
-        host = host.lower()
-        if host[0] == ".":  # nginx's word for both
-            return self.covers(host[1:]) and self.covers("*" + host)
-        return (
-            host == "_"
-            or host.endswith(".*")
-            or host in self.names
-            or "*." + host.partition(".")[2] in self.names
-        )
-
-    def fault(self, hosts: List[str], now: float) -> str:
-        """Why it can't serve these hosts, as the end of a sentence; "" when it can."""
-        others = [host for host in hosts if not self.covers(host)]
-        if others:
-            named = (
-                ", ".join(self.names) or "no host (the first one in the file has no subjectAltName)"
-            )
-            return f"is for {named}, not for {', '.join(others)}"
-        if now < self.begins:
-            return f"is not valid before {utc_now(self.begins)}"
-        return "" if now < self.ends else f"expired on {self.until}"
-
-
 def letsencrypt_dirs(config: Config) -> List[str]:
     """certbot's directories on this host: of its configuration, and of its work."""
     return [
@@ -2178,26 +2136,6 @@ def certbot_reason(output: str) -> str:
     lines = [line.strip() for line in said if line.strip() and not re.match(chatter, line)]
     words = " ".join(dict.fromkeys(lines[-4:]))
     return words if len(words) <= 500 else words[:250] + " ... " + words[-250:]
-
-
-def certificate_lines(certificates: Dict[str, Any], now: float, colour: bool) -> List[str]:
-    """The certificates as `status` shows them to a person; ENDPOINT -> Certificate, or why there is
-    none.
-    """
-    lines = []
-    for name, certificate in sorted(certificates.items()):
-        facts, days = certificate, -1
-        if isinstance(certificate, Certificate):
-            days = certificate.days_left(now)
-            left = (
-                f"{days} day{'s'[: days != 1]} left, until"
-                if now < certificate.ends
-                else "EXPIRED on"
-            )
-            facts = f"{', '.join(certificate.names)}: {left} {certificate.until}"
-        warn = colour and days < RENEWAL_DAYS
-        lines.append(f"  {name}: " + (f"\x1b[33m{facts}\x1b[0m" if warn else facts))
-    return lines
 
 
 def status_text(config: Config, state: State, runs: Dict[str, bool], certificates: Any = ()) -> str:
@@ -2386,6 +2324,14 @@ def write_output(path: str, content: str, mode: int) -> None:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
     with with_path(path), open(fd, "wb") as f:
         f.write(content.encode("utf-8"))
+
+
+def restore_file(path: str, content: Optional[str]) -> None:
+    """Make a file what it was: of this content, or not there."""
+    if content is None:
+        remove(path)
+    else:
+        replace_file(path, content)
 
 
 def sync_dir(path: str) -> None:
@@ -2729,6 +2675,39 @@ def uninterruptible() -> Any:
             signal.signal(s, handler)
     for signum in held[:1]:
         os.kill(os.getpid(), signum)
+
+
+@contextlib.contextmanager
+def undo_on_failure() -> Any:
+    """Collect what takes back what has been done; when the body fails these are called, last
+    first.
+    """
+    undo = []  # type: List[Callable[[], Any]]
+    try:
+        yield undo
+    except BaseException:
+        with uninterruptible():
+            for take_back in reversed(undo):
+                try:
+                    take_back()
+                except (C2Error, OSError) as e:
+                    say(f"warning: while putting things back: {e}")
+        raise
+
+
+def require_free_ports(config: Config, https: bool) -> None:
+    """Raise if another program holds a port of the proxy: nginx would try for 2.5 s, and again for
+    ever.
+    """
+    needed = {"httpPort": config.proxy.http_port}
+    if https:
+        needed["httpsPort"] = config.proxy.https_port
+    for key, port in needed.items():
+        if port_taken(port):
+            raise C2Error(
+                f"another program holds port {port}, which the proxy needs; `ss -ltnp` shows "
+                f"which; end it, or set deployMode.proxy.{key}"
+            )
 
 
 class Journal:
@@ -3724,7 +3703,7 @@ def prepare_release(host: Host, name: str, directory: str, context: Dict[str, An
 
 
 # --------------------------------------------------------------------------------------------------
-# Ports: who listens, who answers, who is still connected
+# Ports: who listens, who answers, who is connected
 # --------------------------------------------------------------------------------------------------
 
 
@@ -3737,9 +3716,7 @@ def listening(port: int) -> bool:
 
 
 def port_taken(port: int) -> bool:
-    """Whether something on this machine holds the port, on whatever address; False where c2 may not
-    ask.
-    """
+    """Tell whether a program holds the port, on whatever address; False where c2 may not ask."""
     import errno
     import socket
 
@@ -3752,54 +3729,47 @@ def port_taken(port: int) -> bool:
     return False
 
 
-def http_get(port: int, path: str, host: str = "localhost", timeout: float = 3) -> Optional[tuple]:
-    """(status, body) of a GET on 127.0.0.1; None without an HTTP answer within `timeout`
-    seconds.
-    """
-    import socket
+def http_get(
+    port: int, path: str, host: str = "localhost", timeout: float = 3
+) -> Optional[Tuple[int, str]]:
+    """GET from 127.0.0.1: the status, and what comes first of the body; None without an answer."""
+    import http.client
 
-    request = (
-        f"GET {path} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: c2/{VERSION}\r\n"
-        "Connection: close\r\n\r\n"
-    )
-    deadline, answer = time.monotonic() + timeout, b""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
+    headers = {"Host": host, "User-Agent": f"c2/{VERSION}", "Connection": "close"}
+    body = b""
     try:
-        with socket.create_connection(("127.0.0.1", port), timeout) as s:
-            s.sendall(request.encode())
-            while len(answer) < 65536 and time.monotonic() < deadline:
-                s.settimeout(max(0.01, deadline - time.monotonic()))
-                chunk = s.recv(65536)
-                if not chunk:
-                    break
-                answer += chunk
-    except OSError:
-        pass
-    head = re.match(rb"HTTP/1\.[01] (\d{3})", answer)
-    return (
-        (int(head.group(1)), answer.partition(b"\r\n\r\n")[2].decode("utf-8", "replace"))
-        if head
-        else None
-    )
+        connection.request("GET", path, headers=headers)
+        answer = connection.getresponse()
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            body = answer.read1(65536)
+        return answer.status, body.decode("utf-8", "replace")
+    except (OSError, http.client.HTTPException):
+        return None
+    finally:
+        connection.close()
 
 
 def ready(mode: ProxyMode, port: int, timeout: float = 3) -> bool:
-    """Whether a deploy is ready: any HTTP answer, or 2xx/3xx on readyPath. An accepted connection
-    proves nothing behind docker's port proxy, which accepts before the app does.
+    """Tell whether a deploy is ready: by any HTTP answer, or 2xx/3xx on readyPath.
+
+    An accepted connection proves nothing: docker's port proxy accepts before the app does.
     """
     answer = http_get(port, mode.ready_path or "/", timeout=timeout)
     return answer is not None and (not mode.ready_path or 200 <= answer[0] < 400)
 
 
 def await_ready(mode: ProxyMode, port: int) -> bool:
-    waits = attempts(mode.ready_timeout_secs, 0.1)
-    return any(ready(mode, port, max(0.5, min(3.0, left))) for left in waits)
+    tries = attempts(mode.ready_timeout_secs, 0.1)
+    return any(ready(mode, port, max(0.5, min(3.0, left))) for left in tries)
 
 
 def check_ready(
     host: Host, state: State, end_point: str, deploy: Deploy, force: bool
 ) -> Optional[str]:
-    """Say why a deploy is not ready to be connected, None when it is; Refused, but for force, where
-    a deploy that works would be traded for it.
+    """Give why a deploy is not ready to be connected, None when it is.
+
+    Refused, unless `force`, where a deploy that is ready would be traded for it.
     """
     mode = host.config.proxy
     if await_ready(mode, deploy.port):
@@ -3808,19 +3778,21 @@ def check_ready(
         f"{deploy.label} does not answer GET {mode.ready_path or '/'} on port {deploy.port} within "
         f"{mode.ready_timeout_secs:g} s (readyTimeoutSecs)"
     )
-    now = state.deploys.get(state.connections.get(end_point, ""))
-    if now and now != deploy and not force and ready(mode, now.port):
+    connected = state.deploys.get(state.connections.get(end_point, ""))
+    if connected and connected != deploy and not force and ready(mode, connected.port):
         insist = "" if host.config.remote else ", or insist with --force"
+        output = output_path(host.config, deploy.label)
         raise Refused(
-            f"{problem}, and {end_point} stays on {now.label}, which does; look at its output in "
-            f"{output_path(host.config, deploy.label)}{insist}"
+            f"{problem}, and {end_point} stays on {connected.label}, which does; look at its "
+            f"output in {output}{insist}"
         )
     return problem
 
 
 def connections_to(port: int) -> int:
-    """How many TCP connections to the port this machine has, or opens (proc(5), tcp_states.h)."""
-    count, remote_port_and_state = 0, re.compile(b":%04X 0[12] " % port)
+    """Count this machine's TCP connections to the port, begun or there (proc(5), tcp_states.h)."""
+    remote_port_and_state = re.compile(b":%04X 0[12] " % port)
+    count = 0
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with contextlib.suppress(OSError):
             with open(table, "rb") as f:
@@ -3828,44 +3800,222 @@ def connections_to(port: int) -> int:
     return count
 
 
-def drain(host: Host, deploy: Deploy) -> None:
-    """Wait, at most drainTimeoutSecs, until no request can be on its way to the deploy any more."""
-    bound, began = host.config.proxy.drain_timeout_secs, time.monotonic()
-    since, told = None, False
-    while True:
-        asked = time.monotonic()
-        busy = in_flight(host, deploy.port)
-        now = time.monotonic()
-        since = None if busy else since or now
-        if since and asked - since >= DRAINED_SECS:
-            return
-        if now - began >= bound:
-            break
-        if busy and not told and now - began > 1:
-            told = True
-            say(f"{deploy.label}: waiting for {busy}, at most {bound:g} s (drainTimeoutSecs)")
-        time.sleep(max(0.05, now - asked))  # the tables of a busy machine take 0.1 s to read
-    if busy:
-        host.log.warn(
-            "drain",
-            f"{deploy.label}: there is still {busy} after {bound:g} s (drainTimeoutSecs); "
-            "what is in flight is cut",
-            deploy=deploy.label,
+# --------------------------------------------------------------------------------------------------
+# Certificates: checked, and copied to where nginx reads them
+# --------------------------------------------------------------------------------------------------
+
+
+class Certificate(NamedTuple):
+    """A certificate: its host names, and from when until when it is valid (Unix times)."""
+
+    names: List[str]
+    begins: float
+    ends: float
+
+    @property
+    def until(self) -> str:
+        return utc_now(self.ends)[:10]
+
+    def days_left(self, now: float) -> int:
+        return int((self.ends - now) // 86400)
+
+    def covers(self, host: str) -> bool:
+        """Tell whether it is for `host`; a wildcard stands for one label.
+
+        What no certificate can name counts as covered.
+        """
+        host = host.lower()
+        if host[0] == ".":  # nginx's word for both
+            return self.covers(host[1:]) and self.covers("*" + host)
+        return (
+            host == "_"
+            or host.endswith(".*")
+            or host in self.names
+            or "*." + host.partition(".")[2] in self.names
         )
 
+    def problem(self, hosts: List[str], now: float) -> str:
+        """Tell why it can't serve these hosts, as the end of a sentence; "" when it can."""
+        others = [host for host in hosts if not self.covers(host)]
+        if others:
+            none = "no host (the first one in the file has no subjectAltName)"
+            return f"is for {', '.join(self.names) or none}, not for {', '.join(others)}"
+        if now < self.begins:
+            return f"is not valid before {utc_now(self.begins)}"
+        return "" if now < self.ends else f"expired on {self.until}"
 
-def in_flight(host: Host, port: int) -> str:
-    """What may still send requests to a deploy's port, in words; "" for nothing."""
-    count = connections_to(port)
-    if count:
-        return f"{count} connection{'s' if count > 1 else ''} to port {port}"
-    if (
-        host.config.proxy.nginx_conf_template_path
-    ):  # which may name the port itself, until it is reloaded
-        with contextlib.suppress(C2Error):
-            if any(proxy_workers(container_name(host.config)).values()):
-                return "an nginx worker of before the last reload"
+
+def generated_files(config: Config) -> List[str]:
+    """List certbot's files: of the generated certificate with its chain, and of its key."""
+    live = os.path.join(letsencrypt_dirs(config)[0], "live", config.auto_cert_name)
+    return [os.path.join(live, "fullchain.pem"), os.path.join(live, "privkey.pem")]
+
+
+def read_pem(path: str) -> bytes:
+    """Read a certificate's or a key's file; a FIFO is not waited for, and a device has an end."""
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as f:
+            content = f.read(PEM_BYTES) or b""
+    except OSError as e:
+        raise C2Error(f"{path} can't be read: {e.strerror}") from None
+    if len(content) == PEM_BYTES:
+        raise C2Error(f"{path} is too large for a certificate or a key")
+    return content
+
+
+def read_certificate(path: str, source: str = "") -> Certificate:
+    """Read the first certificate in a PEM file; C2Error, which names its `source`, for none."""
+    import ssl
+
+    try:
+        open(path, "rb").close()
+        plain = ssl._ssl._test_decode_cert(path)  # the only parser that the standard library has
+        begins, ends = (ssl.cert_time_to_seconds(plain[key]) for key in ("notBefore", "notAfter"))
+    except (ssl.SSLError, ValueError):
+        raise C2Error(f"{source or path} is not a certificate in PEM form") from None
+    except OSError as e:
+        raise C2Error(f"{path} can't be read: {e.strerror}") from None
+    names = [value.lower() for kind, value in plain.get("subjectAltName", ()) if kind == "DNS"]
+    return Certificate(names, begins, ends)
+
+
+def key_problem(pair: List[str], key: str) -> str:
+    """Tell why a certificate can't be used with its key, as the end of a sentence that names the
+    `key`; "" when it can.
+    """
+    import ssl
+
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(*pair, password=lambda: b"")
+    except ssl.SSLError as e:
+        reason = e.reason or ""
+        if re.search("SMALL|WEAK", reason):
+            return "is too weak"
+        if re.search("MISMATCH|NO_CERTIFICATE_ASSIGNED", reason):  # the second: of another kind
+            return f"does not belong to {key}"
+        return f"can't be used with {key}: one of them is damaged, encrypted or not in PEM form"
     return ""
+
+
+def copy_certificate(
+    config: Config, name: str, sources: List[str], generated: bool
+) -> Optional[List[str]]:
+    """Copy an endpoint's certificate and key to `certs/`, and check them there, where nobody
+    changes them; C2Error for what can't serve. None for a generated one that is for other hosts.
+
+    The names of the copies change with the content. So does the configuration, and nginx takes a
+    certificate as it takes anything else; until then it has what it had.
+    """
+    import hashlib
+
+    hosts = config.end_points[name].server_names
+    content = [read_pem(path) for path in sources]
+    digest = hashlib.sha256(b"".join(content)).hexdigest()[:16]
+    files = [f"{name}-{digest}.crt", f"{name}-{digest}.key"]
+    copies = [config.proxy_path("certs", file) for file in files]
+    with undo_on_failure() as undo:
+        for path, pem in zip(copies, content):
+            if not os.path.exists(path):
+                undo.append(lambda path=path: remove(path))
+                replace_file(path, pem, 0o600)
+        certificate = read_certificate(copies[0], sources[0])
+        if generated:  # hosts added since wait for the next one
+            hosts = [host for host in hosts if certificate.covers(host)]
+        problem = certificate.problem(hosts, time.time()) or key_problem(copies, sources[1])
+        if problem:
+            raise C2Error(f"{sources[0]} {problem}")
+    return [CERTS_IN_PROXY + file for file in files] if hosts else None
+
+
+def last_context(config: Config) -> dict:
+    """Read the context of nginx's configuration; {} for none, or one of camus2."""
+    try:
+        context = json.loads(read_file(config.proxy_path("nginx.ctx.json")) or "{}")
+    except ValueError:
+        return {}
+    return context if "c2" in context else {}
+
+
+def served_certificates(context: dict) -> Dict[str, list]:
+    """List certificate and key, as the container sees them, of the endpoints in a context."""
+    entries = [entry for kinds in context.get("endPoints", []) for entry in kinds.values()]
+    return {
+        e["label"]: [e["sslCertPath"], e["sslCertKeyPath"]] for e in entries if "sslCertPath" in e
+    }
+
+
+def install_certificates(host: Host, strict: bool = False) -> Dict[str, List[str]]:
+    """Give certificate and key, as the container sees them, of each https endpoint that has one.
+
+    Where one can't serve, the one in use stays, and it is only warned of: it must not stand in the
+    way of a deploy. strict: an error all the same, as where there is none in use.
+    """
+    config = host.config
+    served = served_certificates(last_context(config))
+    pairs = {}
+    for name, end_point in sorted(config.end_points.items()):
+        if not end_point.certificate:
+            continue
+        given = end_point.certificate.files
+        sources = list(given or generated_files(config))
+        pair = served.get(name)
+        try:
+            if given or os.path.exists(sources[0]):
+                pair = copy_certificate(config, name, sources, generated=not given)
+        except C2Error as e:
+            problem = f"the certificate of {name}: {e}; what the proxy serves stays as it is"
+            if strict or given and not pair:
+                raise C2Error(problem) from None
+            host.log.warn("certificate", problem, endpoint=name)
+        if pair:
+            pairs[name] = pair
+    return pairs
+
+
+def remove_old_certificates(config: Config) -> None:
+    """Remove the copies that nothing names any more."""
+    used = [
+        read_file(config.proxy_path(path)) or "" for path in ("conf/nginx.conf", "nginx.ctx.json")
+    ]
+    for file in list_dir(config.proxy_path("certs")):
+        if not any(CERTS_IN_PROXY + file in text for text in used):
+            os.unlink(config.proxy_path("certs", file))
+
+
+def status_certificates(config: Config) -> Dict[str, Union[Certificate, str]]:
+    """Read the Certificate that nginx uses for each https endpoint, or tell why there is none."""
+    certificates = {}  # type: Dict[str, Union[Certificate, str]]
+    served = served_certificates(last_context(config))
+    for name, end_point in config.end_points.items():
+        if name in served:
+            path = config.proxy_path("certs", os.path.basename(served[name][0]))
+            try:
+                certificates[name] = read_certificate(path)
+            except C2Error as e:
+                certificates[name] = str(e)
+        elif end_point.certificate and not config.remote:
+            generated = end_point.certificate.generated
+            command = "generate-ssl-certificate" if generated else "restart-frontend-proxy"
+            certificates[name] = f"no certificate yet, so that it answers 503; c2 {command} gets it"
+    return certificates
+
+
+def certificate_lines(
+    certificates: Dict[str, Union[Certificate, str]], now: float, colour: bool
+) -> List[str]:
+    """Write the certificates as `status` shows them to a person, or why there is none."""
+    lines = []
+    for name, certificate in sorted(certificates.items()):
+        line, days = str(certificate), -1
+        if isinstance(certificate, Certificate):
+            days = certificate.days_left(now)
+            left = f"{days} day{'s' if days != 1 else ''} left, until"
+            when = left if now < certificate.ends else "EXPIRED on"
+            line = f"{', '.join(certificate.names)}: {when} {certificate.until}"
+        if colour and days < RENEWAL_DAYS:
+            line = f"\x1b[33m{line}\x1b[0m"
+        lines.append(f"  {name}: {line}")
+    return lines
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3892,10 +4042,9 @@ class ProxyFacts(NamedTuple):
     container: Container
     created_from: Optional[str]  # the compose file that the container was created from
     compose_file: str  # the one of this configuration
-    certificates: Dict[str, list]  # ENDPOINT -> (certificate, key), as the container sees them
-    http2: str  # the form of HTTP/2 that nginx takes, as far as is known
     conf: Optional[str]  # nginx's configuration, in its place
     rendered: str  # the one of the state that is to be served
+    context: dict  # what that was rendered with
     untaken: bool  # nobody knows whether nginx has taken the one in its place
 
 
@@ -3905,7 +4054,6 @@ class ProxyChange(NamedTuple):
     claim_ports: bool  # refuse when another program holds them
     recreate: bool  # the container, which runs, is made anew: an outage of seconds
     test: bool  # have nginx test the rendered configuration, and put it in its place
-    http2: str  # in which form at first
     bring_up: bool
     reload: bool
     verify: bool  # ask nginx what it serves then
@@ -3926,7 +4074,6 @@ def proxy_change(facts: ProxyFacts, start: bool) -> ProxyChange:
         claim_ports=bring_up and not container.running and not container.restarting,
         recreate=recreate,
         test=bring_up or stays and changed,
-        http2=HTTP2_FORMS[0] if bring_up else facts.http2,
         bring_up=bring_up,
         # A kill may have come between a container's being created and its being recorded.
         reload=recreate or stays and changed,
@@ -4107,47 +4254,6 @@ def restore_links(config: Config) -> None:
         set_links(config, routes(config, load_state(config)))
 
 
-@contextlib.contextmanager
-def undo_on_failure() -> Any:
-    """Collect what takes back what has been done; when the body fails these are called, last
-    first.
-    """
-    undo = []  # type: List[Callable[[], Any]]
-    try:
-        yield undo
-    except BaseException:
-        with uninterruptible():
-            for take_back in reversed(undo):
-                try:
-                    take_back()
-                except (C2Error, OSError) as e:
-                    say(f"warning: while putting things back: {e}")
-        raise
-
-
-def require_free_ports(config: Config, https: bool) -> None:
-    """Raise if another program holds a port of the proxy: nginx would try for 2.5 s, and again for
-    ever.
-    """
-    needed = {"httpPort": config.proxy.http_port}
-    if https:
-        needed["httpsPort"] = config.proxy.https_port
-    for key, port in needed.items():
-        if port_taken(port):
-            raise C2Error(
-                f"another program holds port {port}, which the proxy needs; `ss -ltnp` shows "
-                f"which; end it, or set deployMode.proxy.{key}"
-            )
-
-
-def restore_file(path: str, content: Optional[str]) -> None:
-    """Make a file what it was: of this content, or not there."""
-    if content is None:
-        remove(path)
-    else:
-        replace_file(path, content)
-
-
 def verify(host: Host, state: State, conf: str) -> None:
     """Ask nginx which port each endpoint has; C2Error when it is wrong, or nginx does not run any
     more.
@@ -4226,12 +4332,13 @@ def test_nginx_conf(config: Config, running: bool, conf: str) -> None:
 
 
 def find_nginx_conf(
-    config: Config, state: State, certificates: Dict[str, list], http2: str, running: bool
+    config: Config, state: State, certificates: Dict[str, list], running: bool
 ) -> Tuple[dict, str]:
-    """Render nginx's configuration in the first form of HTTP/2, from `http2` on, that it takes;
-    gives the context, too.
+    """Render nginx's configuration in the first form of HTTP/2 that it takes; gives the context,
+    too.
     """
-    for form in HTTP2_FORMS[HTTP2_FORMS.index(http2) :]:
+    known = http2_form(last_context(config)) if running else HTTP2_FORMS[0]
+    for form in HTTP2_FORMS[HTTP2_FORMS.index(known) :]:
         context = nginx_context(config, state, certificates, form)
         conf = render_nginx(config, context)
         try:
@@ -4284,15 +4391,14 @@ def proxy_facts(host: Host, state: State) -> ProxyFacts:
         inspect_proxy(config, config.proxy.container_name)
     make_proxy_dirs(config, state)
     certificates = install_certificates(host)
-    http2 = http2_form(last_context(config))
+    context = nginx_context(config, state, certificates, http2_form(last_context(config)))
     return ProxyFacts(
         container,
         active_compose_file(config),
         compose_file(config),
-        certificates,
-        http2,
         read_file(config.proxy_path("conf", "nginx.conf")),
-        render_nginx(config, nginx_context(config, state, certificates, http2)),
+        render_nginx(config, context),
+        context,
         os.path.exists(config.proxy_path("conf", "candidate.conf")),
     )
 
@@ -4305,10 +4411,10 @@ def apply_proxy_change(
     """
     config = host.config
     name = config.proxy.container_name
-    context = nginx_context(config, state, facts.certificates, change.http2)
-    conf = facts.rendered
+    context, conf = facts.context, facts.rendered
+    certificates = served_certificates(context)
     if change.claim_ports:
-        require_free_ports(config, bool(facts.certificates))
+        require_free_ports(config, bool(certificates))
     if change.recreate:
         host.log.warn(
             "proxy",
@@ -4319,9 +4425,7 @@ def apply_proxy_change(
         write_compose_file(config, facts, undo)
         if change.test:
             running = not change.bring_up
-            context, conf = find_nginx_conf(
-                config, state, facts.certificates, change.http2, running
-            )
+            context, conf = find_nginx_conf(config, state, certificates, running)
             install_nginx_conf(config, running, conf, undo)
         links = read_links(config)
         undo.append(lambda: set_links(config, links))
@@ -4355,260 +4459,123 @@ def route(
     remove_old_certificates(config)
 
 
-# --------------------------------------------------------------------------------------------------
-# Certificates: checked, copied to where nginx reads them, and obtained by certbot
-# --------------------------------------------------------------------------------------------------
-
-
-def generated_files(config: Config) -> List[str]:
-    """certbot's files of the generated certificate, with its chain, and of its key."""
-    live = os.path.join(letsencrypt_dirs(config)[0], "live", config.auto_cert_name)
-    return [os.path.join(live, "fullchain.pem"), os.path.join(live, "privkey.pem")]
-
-
-def read_pem(path: str) -> bytes:
-    """The content of a certificate's or key's file; a FIFO is not waited for, and a device has an
-    end.
-    """
-    try:
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as f:
-            content = f.read(PEM_BYTES) or b""
-    except OSError as e:
-        raise C2Error(f"{path} can't be read: {e.strerror}") from None
-    if len(content) == PEM_BYTES:
-        raise C2Error(f"{path} is too large for a certificate or a key")
-    return content
-
-
-def read_certificate(path: str, source: str = "") -> Certificate:
-    """The first certificate in a PEM file; C2Error, which names its `source`, when there is
-    none.
-    """
-    import ssl
-
-    try:
-        open(path, "rb").close()
-        plain = ssl._ssl._test_decode_cert(path)  # the only parser that the standard library has
-        begins, ends = (ssl.cert_time_to_seconds(plain[key]) for key in ("notBefore", "notAfter"))
-    except (ssl.SSLError, ValueError):
-        raise C2Error(f"{source or path} is not a certificate in PEM form") from None
-    except OSError as e:
-        raise C2Error(f"{path} can't be read: {e.strerror}") from None
-    names = [value.lower() for kind, value in plain.get("subjectAltName", ()) if kind == "DNS"]
-    return Certificate(names, begins, ends)
-
-
-def pair_problem(pair: List[str], key: str) -> str:
-    """Why a certificate can't be used with its key, as the end of a sentence that names the `key`;
-    "" when it can.
-    """
-    import ssl
-
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(*pair, password=lambda: b"")
-    except ssl.SSLError as e:
-        reason = e.reason or ""
-        if re.search(
-            "MISMATCH|NO_CERTIFICATE_ASSIGNED", reason
-        ):  # the second: for a key of its kind
-            return f"does not belong to {key}"
-        return (
-            "is too weak"
-            if re.search("SMALL|WEAK", reason)
-            else f"can't be used with {key}: one of them is damaged, encrypted or not in PEM form"
-        )
+def in_flight(config: Config, port: int) -> str:
+    """Name what may still send requests to a deploy's port; "" for nothing."""
+    count = connections_to(port)
+    if count:
+        return f"{count} connection{'s' if count > 1 else ''} to port {port}"
+    if config.proxy.nginx_conf_template_path:  # which may name the port, until it is reloaded
+        with contextlib.suppress(C2Error):
+            if any(proxy_workers(container_name(config)).values()):
+                return "an nginx worker of before the last reload"
     return ""
 
 
-def copy_certificate(
-    config: Config, name: str, kind: str, source: List[str]
-) -> Optional[List[str]]:
-    """Copy an endpoint's certificate and its key to `certs/`, and check them there, where nobody
-    changes them; those in use where certbot has none, and None where there are none yet.
-
-    The names of the copies change with the content. So does the configuration, and nginx takes a
-    certificate as it takes anything else; until then it has what it had. Raises C2Error for one
-    that can't serve.
-    """
-    import hashlib
-
-    hosts, generated = config.end_points[name].server_names, kind == "generated"
-    if generated and not os.path.exists(source[0]):
-        return served_certificates(last_context(config)).get(name)
-    content = [read_pem(path) for path in source]
-    digest = hashlib.sha256(b"".join(content)).hexdigest()[:16]
-    files = [f"{name}-{digest}.crt", f"{name}-{digest}.key"]
-    copies = [config.proxy_path("certs", file) for file in files]
-    with undo_on_failure() as undo:
-        for path, pem in zip(copies, content):
-            if not os.path.exists(path):
-                undo.append(lambda path=path: os.unlink(path))
-                replace_file(path, pem, 0o600)
-        certificate = read_certificate(copies[0], source[0])
-        if generated:  # hosts added since have to wait for the next one, those it is for have not
-            hosts = [host for host in hosts if certificate.covers(host)]
-        fault = certificate.fault(hosts, time.time()) or pair_problem(copies, source[1])
-        if fault:
-            raise C2Error(f"{source[0]} {fault}")
-    return [CERTS_IN_PROXY + file for file in files] if hosts else None
-
-
-def install_certificates(host: Host, strict: bool = False) -> Dict[str, list]:
-    """Certificate and key, as the container sees them, of each https endpoint that has one.
-
-    Where one can't serve, the one in use stays, and it is only warned of: it must not stand in the
-    way of a deploy. strict: an error all the same, as where there is none in use.
-    """
-    config, found = host.config, {}
-    for name, end_point in sorted(config.end_points.items()):
-        if not end_point.certificate:
-            continue
-        kind = "generated" if end_point.certificate.generated else "explicit"
-        try:
-            found[name] = copy_certificate(
-                config, name, kind, list(end_point.certificate.files or generated_files(config))
-            )
-        except C2Error as e:
-            found[name] = served_certificates(last_context(config)).get(name)
-            problem = f"the certificate of {name}: {e}; what the proxy serves stays as it is"
-            if strict or kind == "explicit" and not found[name]:
-                raise C2Error(problem) from None
-            host.log.warn("certificate", problem, endpoint=name)
-    return {name: pair for name, pair in found.items() if pair}
-
-
-def last_context(config: Config) -> dict:
-    """The context that the configuration of nginx was made from; {} for none, or one of camus2."""
-    try:
-        context = json.loads(read_file(config.proxy_path("nginx.ctx.json")) or "{}")
-    except ValueError:
-        return {}
-    return context if "c2" in context else {}
-
-
-def served_certificates(context: dict) -> Dict[str, list]:
-    """Certificate and key, as the container sees them, of the endpoints in a context of nginx's
-    configuration."""
-    entries = [entry for kinds in context.get("endPoints", []) for entry in kinds.values()]
-    return {
-        e["label"]: [e["sslCertPath"], e["sslCertKeyPath"]] for e in entries if "sslCertPath" in e
-    }
-
-
-def remove_old_certificates(config: Config) -> None:
-    """Remove the copies that nothing names any more."""
-    used = [
-        read_file(config.proxy_path(path)) or "" for path in ("conf/nginx.conf", "nginx.ctx.json")
-    ]
-    for file in list_dir(config.proxy_path("certs")):
-        if not any(CERTS_IN_PROXY + file in text for text in used):
-            os.unlink(config.proxy_path("certs", file))
-
-
-def status_certificates(config: Config) -> Dict[str, Any]:
-    """ENDPOINT -> the Certificate that nginx uses for it, or why there is none."""
-    found, served = {}, served_certificates(last_context(config))
-    for name, end_point in config.end_points.items():
-        if name in served:
-            try:
-                found[name] = read_certificate(
-                    config.proxy_path("certs", os.path.basename(served[name][0]))
-                )
-            except C2Error as e:
-                found[name] = str(e)
-        elif end_point.certificate and not config.remote:
-            generated = end_point.certificate.generated
-            command = "generate-ssl-certificate" if generated else "restart-frontend-proxy"
-            found[name] = f"no certificate yet, so that it answers 503; c2 {command} gets it"
-    return found
-
-
-def generate_certificate(host: Host, state: State) -> None:
-    """Have certbot obtain or renew the certificate, and the proxy serve it; what it serves stays
-    when a step fails.
-    """
-    config, names = host.config, generated_names(host.config)
-    chain = generated_files(config)[0]
-    host.log.add_secrets([config.auto_cert_contact_email])
-    before = read_file(chain)
-    route(host, state)  # which answers the challenge
-    host.log.info(
-        "certbot",
-        f"certbot looks after the certificate {config.auto_cert_name} for {', '.join(names)}",
-    )
-    run_certbot(host)
-    certificate, after = read_certificate(chain), read_file(chain)
-    route(host, state, check=lambda: check_presented(config, after or "", names))
-    done = "is not due" if after == before else "is new, and served"
-    host.log.info(
-        "certificate",
-        f"the certificate for {', '.join(certificate.names)} {done}; it is valid "
-        f"until {certificate.until}, for {certificate.days_left(time.time())} days",
-    )
-
-
-def known_to_certbot(host: Host) -> str:
-    """What certbot has recorded of the certificate, "" without one.
-
-    Where a kill, or power lost, has left it half made, it is moved away: certbot would make another
-    beside it, and one more each time.
-    """
-    base, name = letsencrypt_dirs(host.config)[0], host.config.auto_cert_name
-    conf, live, archive = (
-        os.path.join(base, part)
-        for part in (f"renewal/{name}.conf", f"live/{name}", f"archive/{name}")
-    )
-    known, files, pair = read_file(conf) or "", list_dir(live), generated_files(host.config)
-    whole = (
-        re.search("(?m)^fullchain = ", known)
-        and not any(f.startswith("previous_") for f in files)
-        and all(os.path.exists(os.path.join(live, f"{kind}.pem")) for kind in CERTBOT_FILES)
-        and pair_problem(pair, pair[1]) in ("", "is too weak")
-    )
-    left = [path for path in (conf, live, archive) if not whole and os.path.lexists(path)]
-    if left:
-        torn = os.path.join(base, "torn", utc_now())
-        make_dir(torn, 0o700)
-        for path in left:
-            os.rename(path, os.path.join(torn, path[len(base) + 1 :].replace("/", "-")))
+def drain(host: Host, deploy: Deploy) -> None:
+    """Wait, at most drainTimeoutSecs, until no request can be on its way to the deploy any more."""
+    bound = host.config.proxy.drain_timeout_secs
+    idle_since = None  # type: Optional[float]
+    announced = False
+    for left in attempts(bound):
+        asked = time.monotonic()
+        busy = in_flight(host.config, deploy.port)
+        if busy:
+            idle_since = None
+        elif idle_since is None:
+            idle_since = time.monotonic()
+        elif asked - idle_since >= DRAINED_SECS:
+            return
+        if busy and not announced and left < bound - 1:
+            announced = True
+            say(f"{deploy.label}: waiting for {busy}, at most {bound:g} s (drainTimeoutSecs)")
+    if busy:
         host.log.warn(
-            "certbot",
-            f"certbot's certificate {name} is half made; it is in {torn} now, and another is made",
+            "drain",
+            f"{deploy.label}: there is still {busy} after {bound:g} s (drainTimeoutSecs); "
+            "what is in flight is cut",
+            deploy=deploy.label,
         )
+
+
+# --------------------------------------------------------------------------------------------------
+# Certbot: it obtains the generated certificate
+# --------------------------------------------------------------------------------------------------
+
+
+def certbot_paths(config: Config) -> List[str]:
+    """List what certbot has of the generated certificate: its record, the files in use, and all."""
+    base, name = letsencrypt_dirs(config)[0], config.auto_cert_name
+    parts = (f"renewal/{name}.conf", f"live/{name}", f"archive/{name}")
+    return [os.path.join(base, part) for part in parts]
+
+
+def is_whole(config: Config) -> bool:
+    """Tell whether certbot can go on from there; a kill, or power lost, leaves it half made."""
+    record, live, _ = certbot_paths(config)
+    pair = generated_files(config)
+    return bool(
+        re.search("(?m)^fullchain = ", read_file(record) or "")
+        and not any(name.startswith("previous_") for name in list_dir(live))
+        and all(os.path.exists(os.path.join(live, f"{kind}.pem")) for kind in CERTBOT_FILES)
+        and key_problem(pair, pair[1]) in ("", "is too weak")
+    )
+
+
+def move_torn_away(host: Host) -> None:
+    """Move a half made certificate away: certbot would make another beside it, and one more each
+    time.
+    """
+    config = host.config
+    paths = [path for path in certbot_paths(config) if os.path.lexists(path)]
+    if not paths or is_whole(config):
+        return
+    base = letsencrypt_dirs(config)[0]
+    torn = os.path.join(base, "torn", utc_now())
+    make_dir(torn, 0o700)
+    for path in paths:
+        os.rename(path, os.path.join(torn, os.path.relpath(path, base).replace("/", "-")))
+    host.log.warn(
+        "certbot",
+        f"certbot's certificate {config.auto_cert_name} is half made; it is in {torn} now, and "
+        "another is made",
+    )
+
+
+def close_keys(config: Config) -> None:
+    """Make certbot's keys private: it gives a new one the mode of the one before."""
+    archive = certbot_paths(config)[2]
     for file in list_dir(archive):
-        if file.startswith("privkey"):  # certbot gives a new key the mode of the old one
+        if file.startswith("privkey"):
             os.chmod(os.path.join(archive, file), 0o600)
-    return known if whole else ""
+
+
+def is_of_another_authority(record: str, wanted: Optional[str]) -> bool:
+    """Tell by certbot's record whether the certificate is of another authority than the wanted one;
+    then it is not kept until it is due, least of all one that was for trying out.
+    """
+    server = "".join(re.findall(r"^server = (.+)$", record, re.M))
+    if not wanted:
+        return "staging" in server
+    return server not in ("", wanted)
 
 
 def run_certbot(host: Host) -> None:
     """Run certbot in its container; CommandFailed with its own reason."""
-    config, name = host.config, f"{host.config.proxy.container_name}-certbot"
+    config = host.config
+    name = f"{config.proxy.container_name}-certbot"
 
     def end() -> None:
         with contextlib.suppress(CommandFailed):
             run(["docker", "rm", "-f", name])
 
     end()  # one that a killed c2 left
-    server = "".join(re.findall(r"^server = (.+)$", known_to_certbot(host), re.M))
-    # That of another authority is not kept until it is due; least of all one that was for trying
-    # out.
-    elsewhere = (
-        server not in ("", config.acme_server) if config.acme_server else "staging" in server
-    )
+    move_torn_away(host)
+    close_keys(config)
+    record = read_file(certbot_paths(config)[0]) or ""
+    args = certbot_args(config, renew=is_of_another_authority(record, config.acme_server))
+    command = ["run", "--rm", "-T", "--name", name, "certbot", *args]
     try:
-        compose(
-            config,
-            config.proxy.container_name,
-            "run",
-            "--rm",
-            "-T",
-            "--name",
-            name,
-            "certbot",
-            *certbot_args(config, elsewhere),
-            stderr_to_stdout=True,
-        )
+        compose(config, config.proxy.container_name, *command, stderr_to_stdout=True)
     except CommandFailed as e:
         source = f" from {without_credentials(config.acme_server)}" if config.acme_server else ""
         raise CommandFailed(
@@ -4622,14 +4589,13 @@ def run_certbot(host: Host) -> None:
 
 
 def presented(port: int, name: str) -> Optional[bytes]:
-    """The certificate (DER) that 127.0.0.1 presents to a client that asks for `name`; None without
-    a handshake.
-    """
+    """Ask which certificate (DER) 127.0.0.1 presents for `name`; None without a handshake."""
     import socket
     import ssl
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
     try:
         with socket.create_connection(
             ("127.0.0.1", port), ASK_TIMEOUT_SECS
@@ -4647,16 +4613,40 @@ def check_presented(config: Config, chain: str, names: List[str]) -> None:
 
     leaf = re.search("-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", chain, re.S)
     wanted = ssl.PEM_cert_to_DER_cert(leaf.group() if leaf else "")
-    deadline, port = time.monotonic() + RELOAD_TIMEOUT_SECS, config.proxy.https_port
+    mode = config.proxy
     for name in names:
-        while presented(port, name) != wanted:
-            if time.monotonic() > deadline:
-                own = config.proxy.nginx_conf_template_path
-                raise C2Error(
-                    f"port {port} does not present that certificate to who asks for {name}; "
-                    f"look at {own or 'docker logs ' + config.proxy.container_name}"
-                )
-            time.sleep(0.05)
+        tries = attempts(RELOAD_TIMEOUT_SECS)
+        if not any(presented(mode.https_port, name) == wanted for _ in tries):
+            source = mode.nginx_conf_template_path or f"docker logs {mode.container_name}"
+            raise C2Error(
+                f"port {mode.https_port} does not present that certificate to who asks for {name}; "
+                f"look at {source}"
+            )
+
+
+def generate_certificate(host: Host, state: State) -> None:
+    """Have certbot obtain or renew the certificate, and the proxy serve it; what it serves stays
+    when a step fails.
+    """
+    config, names = host.config, generated_names(host.config)
+    chain = generated_files(config)[0]
+    host.log.add_secrets([config.auto_cert_contact_email])
+    before = read_file(chain)
+    route(host, state)  # which answers the challenge
+    host.log.info(
+        "certbot",
+        f"certbot looks after the certificate {config.auto_cert_name} for {', '.join(names)}",
+    )
+    run_certbot(host)
+    certificate = read_certificate(chain)
+    after = read_file(chain) or ""
+    route(host, state, check=lambda: check_presented(config, after, names))
+    done = "is not due" if after == before else "is new, and served"
+    host.log.info(
+        "certificate",
+        f"the certificate for {', '.join(certificate.names)} {done}; it is valid "
+        f"until {certificate.until}, for {certificate.days_left(time.time())} days",
+    )
 
 
 # --------------------------------------------------------------------------------------------------

@@ -5162,7 +5162,7 @@ class Proxy(Sandbox):
 class ProxyChanges(unittest.TestCase):
     """What is done to the proxy follows from what is found: a table."""
 
-    def facts(self, found="runs", made="same", conf="same", http2="listen"):
+    def facts(self, found="runs", made="same", conf="same"):
         """The words of the table, as facts."""
         config = https_config("/x")
         mode = config.proxy._replace(container_name="other")
@@ -5185,24 +5185,23 @@ class ProxyChanges(unittest.TestCase):
                 "none": None,
             }[made],
             wanted,
-            {},
-            http2,
             None if conf == "none" else "conf",
             "new" if conf == "new" else "conf",
+            {},
             conf == "untaken",
         )
 
     def test_table(self):
-        rebuilt = "recreate test(on) bring_up reload verify"
-        begun = "claim_ports test(on) bring_up verify"
+        rebuilt = "recreate test bring_up reload verify"
+        begun = "claim_ports test bring_up verify"
         for facts, start, change in (
             (("runs",), True, "verify"),
             (("runs",), False, "verify"),
             (("runs", "certbot"), True, "verify"),
-            (("runs", "same", "new"), True, "test(listen) reload verify"),
-            (("runs", "same", "new"), False, "test(listen) reload verify"),
-            (("runs", "same", "none"), True, "test(listen) reload verify"),
-            (("runs", "same", "untaken"), True, "test(listen) reload verify"),
+            (("runs", "same", "new"), True, "test reload verify"),
+            (("runs", "same", "new"), False, "test reload verify"),
+            (("runs", "same", "none"), True, "test reload verify"),
+            (("runs", "same", "untaken"), True, "test reload verify"),
             (("runs", "image"), True, rebuilt),
             (("runs", "image"), False, rebuilt),
             (("runs", "image", "new"), True, rebuilt),
@@ -5212,30 +5211,25 @@ class ProxyChanges(unittest.TestCase):
             (("none", "none", "none"), True, begun),
             (("none", "same"), True, begun),
             (("ended", "image"), True, begun),
-            (("restarts", "same"), True, "test(on) bring_up verify"),
+            (("restarts", "same"), True, "test bring_up verify"),
             (("none", "none", "none"), False, ""),
             (("ended", "image", "untaken"), False, ""),
             (("restarts",), False, ""),
         ):
             decided = c2.proxy_change(self.facts(*facts), start)
-            shown = " ".join(
-                name + ("(%s)" % decided.http2 if name == "test" else "")
-                for name, value in decided._asdict().items()
-                if value is True
-            )
+            shown = " ".join(name for name, value in decided._asdict().items() if value)
             self.assertEqual(change, shown, (facts, start))
 
     def test_laws(self):
-        for found, made, conf, http2, start in itertools.product(
+        for found, made, conf, start in itertools.product(
             ("runs", "restarts", "ended", "none"),
             ("same", "certbot", "image", "name", "camus2", "none"),
             ("same", "new", "untaken", "none"),
-            c2.HTTP2_FORMS,
             (True, False),
         ):
-            facts = self.facts(found, made, conf, http2)
+            facts = self.facts(found, made, conf)
             change = c2.proxy_change(facts, start)
-            about = (found, made, conf, http2, start, change)
+            about = (found, made, conf, start, change)
             self.assertEqual(change.verify, found == "runs" or start, about)
             self.assertFalse(change.recreate and found != "runs", about)
             self.assertFalse(change.claim_ports and found in ("runs", "restarts"), about)
@@ -5250,7 +5244,7 @@ class ProxyChanges(unittest.TestCase):
             )
             if change.verify:  # what has been done is not done again
                 again = c2.proxy_change(done, start)
-                self.assertEqual([True], [v for v in again if v is True], about)
+                self.assertEqual([True], [v for v in again if v], about)
 
 
 class ProxyWithoutDocker(Proxy):
@@ -8288,7 +8282,7 @@ class CertificateRules(unittest.TestCase):
             answers = [error and c2.C2Error(error) for error in answers]
             with mock.patch.object(c2, "test_nginx_conf", side_effect=answers) as tested:
                 try:
-                    context, _ = c2.find_nginx_conf(config, c2.State(), pairs, "on", True)
+                    context, _ = c2.find_nginx_conf(config, c2.State(), pairs, False)
                     self.assertEqual(c2.http2_form(context), taken)
                 except c2.C2Error as e:
                     self.assertIn(taken, str(e))
@@ -8317,18 +8311,20 @@ class CertificateRules(unittest.TestCase):
         self.assertTrue(c2.Certificate(["*.x.y", "x.y"], 0, 1).covers(".X.y"))
         self.assertFalse(c2.Certificate(["x.y"], 0, 1).covers(".x.y"))
         self.assertEqual(
-            c2.Certificate([], 0, 9).fault(["x.y"], 5),
+            c2.Certificate([], 0, 9).problem(["x.y"], 5),
             "is for no host (the first one in the file has no subjectAltName), not for x.y",
         )
-        self.assertEqual(certificate.fault(["www.example.com"], 5), "")
+        self.assertEqual(certificate.problem(["www.example.com"], 5), "")
         self.assertEqual(
-            certificate.fault(["example.com", "www.example.com", "x.y"], 5),
+            certificate.problem(["example.com", "www.example.com", "x.y"], 5),
             "is for www.example.com, *.shop.example.com, not for example.com, x.y",
         )
-        self.assertEqual(certificate.fault([], 1e9), "expired on 2001-09-09")
-        self.assertEqual(certificate.fault([], 1e9 - 1), "")
-        self.assertEqual(certificate.fault([], 0), "")
-        self.assertEqual(certificate.fault([], -1), "is not valid before 1970-01-01T00:00:00.000Z")
+        self.assertEqual(certificate.problem([], 1e9), "expired on 2001-09-09")
+        self.assertEqual(certificate.problem([], 1e9 - 1), "")
+        self.assertEqual(certificate.problem([], 0), "")
+        self.assertEqual(
+            certificate.problem([], -1), "is not valid before 1970-01-01T00:00:00.000Z"
+        )
 
     def test_status_tells_names_and_days_and_colours_what_is_late(self):
         day = 86400
@@ -8651,14 +8647,14 @@ class CertificateFiles(unittest.TestCase):
         """
         pair = make_certificate(self.dir, "one", ["www.example.com"])
         make_certificate(self.dir, "two", ["www.example.com"])
-        real = c2.Certificate.fault
+        real = c2.Certificate.problem
 
-        def fault(*args):
+        def problem(*args):
             os.rename(self.dir + "/two.key", pair[1])
             return real(*args)
 
         host = self.host(pair)
-        with mock.patch.object(c2.Certificate, "fault", fault):
+        with mock.patch.object(c2.Certificate, "problem", problem):
             found = c2.install_certificates(host)["main"]
         copies = [
             self.dir + "/deploys/frontend-proxy/certs/" + os.path.basename(path) for path in found
