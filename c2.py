@@ -488,7 +488,7 @@ class Config(NamedTuple):
     deploy_mode: Optional[ProxyMode] = None
     health_check: Optional[HealthCheck] = HealthCheck()
     nginx_docker_image: DockerImage = "nginx"
-    nginx_docker_version: DockerImage = "latest"
+    nginx_docker_version: DockerImage = "1.28"
     letsencrypt_prefix_dir: FilePath = "/opt"
     letsencrypt_www_dir: ServedPath = "/opt/var/www"
     auto_cert_name: Label = "camus2cert"
@@ -2001,6 +2001,30 @@ def proxy_project(container: str) -> str:
     return compose_project(container)
 
 
+def certificate_mounts(config: Config) -> List[str]:
+    """List what the proxy's container sees of certbot's: its directory, and the challenge's."""
+    return (
+        [letsencrypt_dirs(config)[0], config.letsencrypt_www_dir] if generated_names(config) else []
+    )
+
+
+def container_settings(config: Config) -> Dict[str, list]:
+    """List what of the configuration the proxy's container is created from: KEY -> value, default.
+
+    Only a change of these is a reason for an outage; what another c2 writes besides is not.
+    """
+    defaults = Config._field_defaults
+    return {
+        "nginxDockerImage": [config.nginx_docker_image, defaults["nginx_docker_image"]],
+        "nginxDockerVersion": [config.nginx_docker_version, defaults["nginx_docker_version"]],
+        "containerName": [
+            config.proxy.container_name,
+            ProxyMode._field_defaults["container_name"],
+        ],
+        "certificates": [certificate_mounts(config), []],
+    }
+
+
 def compose_file(config: Config) -> str:
     """docker-compose.yml of the proxy, as JSON, which compose reads: no quoting to get wrong.
 
@@ -2010,10 +2034,12 @@ def compose_file(config: Config) -> str:
     def mount(source: str, target: str, read_only: bool = True) -> dict:
         return {"type": "bind", "source": source, "target": target, "read_only": read_only}
 
-    mounts, services = [mount(f"./{name}", f"/etc/nginx/c2/{name}") for name in PROXY_DIRS], {}
+    services = {}
+    mounts = [mount(f"./{name}", f"/etc/nginx/c2/{name}") for name in PROXY_DIRS]
+    for path in certificate_mounts(config):
+        mounts.append(mount(path, path))
     if generated_names(config):
         www, (letsencrypt, work) = config.letsencrypt_www_dir, letsencrypt_dirs(config)
-        mounts += [mount(path, path) for path in (letsencrypt, www)]
         services["certbot"] = {
             "image": f"{config.certbot_docker_image}:{config.certbot_docker_version}",
             "network_mode": "host",
@@ -2033,18 +2059,60 @@ def compose_file(config: Config) -> str:
         "volumes": mounts,
         "logging": {"driver": "json-file", "options": {"max-size": "10m", "max-file": "3"}},
     }
-    plain = json.dumps(
-        {"name": proxy_project(config.proxy.container_name), "services": services}, indent=2
-    )
-    return plain.replace("$", "$$") + "\n"
+    document = {
+        "name": proxy_project(config.proxy.container_name),
+        "services": services,
+        "x-c2": container_settings(config),
+    }
+    return json.dumps(document, indent=2).replace("$", "$$") + "\n"
 
 
-def nginx_service(layout: Optional[str]) -> Any:
-    """What of a compose file the proxy's container is made from; None for one that is not c2's."""
+def nginx_service(file: Optional[str]) -> Any:
+    """Find what the proxy's container is created from in a compose file; None if it is not c2's."""
     try:
-        return json.loads(layout or "")["services"]["nginx"]
+        service = json.loads(file or "")["services"]["nginx"]
+        return service if service["container_name"] else None
     except (ValueError, KeyError, TypeError):
         return None
+
+
+def keep_container(created_from: str, file: str) -> str:
+    """Give the compose file but with the proxy's container as it was created."""
+    old = json.loads(created_from)
+    services = dict(json.loads(file)["services"], nginx=old["services"]["nginx"])
+    return json.dumps(dict(old, services=services), indent=2) + "\n"
+
+
+def is_reconfigured(created_from: Optional[str], file: str) -> bool:
+    """Tell whether the configuration itself asks for another container than the one that was
+    created: where a default was used, and is used, no change of it does.
+    """
+    service = nginx_service(created_from)
+    if not service:
+        return True
+    image, _, version = service["image"].rpartition(":")
+    settings = {  # as of the first c2, which did not record them
+        "nginxDockerImage": [image, "nginx"],
+        "nginxDockerVersion": [version, "latest"],
+        "containerName": [service["container_name"], "frontendproxy"],
+        "certificates": [[m["source"] for m in service["volumes"] if m["source"][0] == "/"], []],
+    }
+    before = json.loads(created_from or "").get("x-c2", settings)
+    for key, (value, default) in json.loads(file)["x-c2"].items():
+        old, old_default = before.get(key, (value, default))
+        if old != value and (old, value) != (old_default, default):
+            return True
+    return False
+
+
+def due_changes(created_from: Optional[str], file: str) -> List[str]:
+    """Tell how a container that is created now differs from the one that was; [] for not at all."""
+    old, new = nginx_service(created_from) or {}, nginx_service(file)
+    return [
+        f"{key} {old[key]} -> {new[key]}" if key in ("image", "container_name") and old else key
+        for key in sorted({*old, *new})
+        if old.get(key) != new.get(key)
+    ]
 
 
 def ports_context(port: int, ports: PortRange) -> Dict[str, int]:
@@ -2138,8 +2206,17 @@ def certbot_reason(output: str) -> str:
     return words if len(words) <= 500 else words[:250] + " ... " + words[-250:]
 
 
-def status_text(config: Config, state: State, runs: Dict[str, bool], certificates: Any = ()) -> str:
-    """`status` for a person; runs: LABEL -> whether its port answers; certificates: their lines."""
+def status_text(
+    config: Config,
+    state: State,
+    runs: Dict[str, bool],
+    certificates: Sequence[str] = (),
+    due: Sequence[str] = (),
+) -> str:
+    """Write `status` for a person.
+
+    runs: LABEL -> whether its port answers; certificates: their lines; due: see due_changes.
+    """
     lines = []
     if config.has_proxy:
         lines.append("Endpoints:")
@@ -2155,6 +2232,8 @@ def status_text(config: Config, state: State, runs: Dict[str, bool], certificate
             if name not in config.end_points
         ]
         lines.append("")
+    if due:
+        lines += ["Proxy:", f"  due with c2 restart-frontend-proxy: {'; '.join(due)}", ""]
     if certificates:
         lines += ["Certificates:", *certificates, ""]
     lines.append("Deploys:")
@@ -4053,26 +4132,35 @@ class ProxyChange(NamedTuple):
 
     claim_ports: bool  # refuse when another program holds them
     recreate: bool  # the container, which runs, is made anew: an outage of seconds
+    compose_file: str  # is written
+    container: str  # the name of the one that serves then
     test: bool  # have nginx test the rendered configuration, and put it in its place
     bring_up: bool
     reload: bool
     verify: bool  # ask nginx what it serves then
 
 
-def proxy_change(facts: ProxyFacts, start: bool) -> ProxyChange:
-    """Decide what makes the proxy serve the rendered configuration; where it does not run, only if
-    it is to `start`.
+def proxy_change(facts: ProxyFacts, start: bool, renew: bool = False) -> ProxyChange:
+    """Decide what makes the proxy serve the rendered configuration.
+
+    start: also where it does not run; renew: make the container that runs anew also for what only
+    another c2, or a default of it, would have otherwise.
     """
     container = facts.container
-    recreate = container.running and (
-        nginx_service(facts.created_from) != nginx_service(facts.compose_file)
-    )
+    wanted = nginx_service(facts.compose_file)
+    outdated = container.running and nginx_service(facts.created_from) != wanted
+    recreate = outdated and (renew or is_reconfigured(facts.created_from, facts.compose_file))
     stays = container.running and not recreate
+    file = facts.compose_file
+    if outdated and stays:
+        file = keep_container(facts.created_from or "", file)
     changed = facts.untaken or facts.conf != facts.rendered
     bring_up = recreate or start and not container.running
     return ProxyChange(
         claim_ports=bring_up and not container.running and not container.restarting,
         recreate=recreate,
+        compose_file=file,
+        container=container.name if stays else wanted["container_name"],
         test=bring_up or stays and changed,
         bring_up=bring_up,
         # A kill may have come between a container's being created and its being recorded.
@@ -4157,6 +4245,12 @@ def proxy_death(restarts: Optional[int], found: Container) -> str:
     return "the proxy did not run"
 
 
+def due_for_proxy(config: Config) -> List[str]:
+    """Tell what restart-frontend-proxy would change of the container that was created."""
+    created_from = active_compose_file(config)
+    return due_changes(created_from, compose_file(config)) if created_from else []
+
+
 def proxy_workers(container: str) -> Dict[str, bool]:
     """List nginx's worker processes: pid -> whether it is shutting down."""
     lines = run(["docker", "top", container, "-eo", "pid,args"]).splitlines()
@@ -4221,10 +4315,9 @@ def make_proxy_dirs(config: Config, state: State) -> None:
     """Make what the container mounts, readable by nginx's user whatever the umask."""
     for name in PROXY_DIRS:
         make_dir(config.proxy_path(name), 0o711 if name == "certs" else 0o755)
-    for path in (
-        [*letsencrypt_dirs(config), config.letsencrypt_www_dir] if generated_names(config) else []
-    ):
-        make_dir(path)
+    if generated_names(config):
+        for path in [*letsencrypt_dirs(config), config.letsencrypt_www_dir]:
+            make_dir(path)
     for target in ["../ports/none", *routes(config, state).values()]:
         path = config.proxy_path("live", target)
         if not os.path.exists(path):
@@ -4254,12 +4347,12 @@ def restore_links(config: Config) -> None:
         set_links(config, routes(config, load_state(config)))
 
 
-def verify(host: Host, state: State, conf: str) -> None:
+def verify(host: Host, state: State, container: str, conf: str) -> None:
     """Ask nginx which port each endpoint has; C2Error when it is wrong, or nginx does not run any
     more.
     """
     config = host.config
-    port, container = config.proxy.http_port, config.proxy.container_name
+    port = config.proxy.http_port
     if "/.c2/port" not in conf:
         return  # an own template: the reload has been verified by the workers
 
@@ -4292,22 +4385,22 @@ def verify(host: Host, state: State, conf: str) -> None:
         )
 
 
-def write_compose_file(config: Config, facts: ProxyFacts, undo: list) -> None:
+def write_compose_file(config: Config, created_from: Optional[str], file: str, undo: list) -> None:
     """Write the compose file; the one that the container was created from is kept beside it until
     the container has been made anew.
     """
     path = config.proxy_path("docker-compose.yml")
     before = config.proxy_path("docker-compose.before.yml")
-    if facts.compose_file == facts.created_from == read_file(path):
+    if file == created_from == read_file(path):
         return
     undo.append(lambda: remove(before))
-    undo.append(lambda: restore_file(path, facts.created_from))
-    if facts.created_from is not None:
-        replace_file(before, facts.created_from)
-    replace_file(path, facts.compose_file)
+    undo.append(lambda: restore_file(path, created_from))
+    if created_from is not None:
+        replace_file(before, created_from)
+    replace_file(path, file)
 
 
-def test_nginx_conf(config: Config, running: bool, conf: str) -> None:
+def test_nginx_conf(config: Config, container: str, running: bool, conf: str) -> None:
     """Have nginx test a configuration; C2Error with its own words when it fails.
 
     What has passed stays as candidate.conf until nginx is known to serve it.
@@ -4318,7 +4411,7 @@ def test_nginx_conf(config: Config, running: bool, conf: str) -> None:
     how = ["exec", "-T"] if running else ["run", "--rm", "-T", "--no-deps"]
     command = NGINX_LINKS + "; nginx -t -c /etc/nginx/candidate.conf"
     try:
-        compose(config, config.proxy.container_name, *how, "nginx", "sh", "-c", command)
+        compose(config, container, *how, "nginx", "sh", "-c", command)
     except BaseException as e:
         restore_file(candidate, before)
         errors = nginx_errors(getattr(e, "output", ""))
@@ -4332,17 +4425,18 @@ def test_nginx_conf(config: Config, running: bool, conf: str) -> None:
 
 
 def find_nginx_conf(
-    config: Config, state: State, certificates: Dict[str, list], running: bool
+    config: Config, state: State, certificates: Dict[str, list], change: ProxyChange
 ) -> Tuple[dict, str]:
     """Render nginx's configuration in the first form of HTTP/2 that it takes; gives the context,
     too.
     """
+    running = not change.bring_up
     known = http2_form(last_context(config)) if running else HTTP2_FORMS[0]
     for form in HTTP2_FORMS[HTTP2_FORMS.index(known) :]:
         context = nginx_context(config, state, certificates, form)
         conf = render_nginx(config, context)
         try:
-            test_nginx_conf(config, running, conf)
+            test_nginx_conf(config, change.container, running, conf)
             break
         except C2Error as e:
             if '"http2"' not in str(e) or form == HTTP2_FORMS[-1]:
@@ -4350,26 +4444,26 @@ def find_nginx_conf(
     return context, conf
 
 
-def install_nginx_conf(config: Config, running: bool, conf: str, undo: list) -> None:
+def install_nginx_conf(config: Config, change: ProxyChange, conf: str, undo: list) -> None:
     """Put a configuration that has passed the test into its place."""
     path = config.proxy_path("conf", "nginx.conf")
     before = read_file(path)
 
     def take_back() -> None:
         restore_file(path, before)
-        if running:
-            run(["docker", "kill", "-s", "HUP", config.proxy.container_name])
+        if not change.bring_up:
+            run(["docker", "kill", "-s", "HUP", change.container])
         remove(config.proxy_path("conf", "candidate.conf"))
 
     undo.append(take_back)
     replace_file(path, conf)
 
 
-def bring_up(host: Host, former: Container, undo: list) -> None:
+def bring_up(host: Host, former: Container, name: str, undo: list) -> None:
     """Create or start the proxy's container, in place of the `former` one if that had another
     name.
     """
-    config, name = host.config, host.config.proxy.container_name
+    config = host.config
     host.log.info("proxy", "bringing the proxy up")
     exists = bool(former.directory)
     if exists and former.name != name:
@@ -4410,49 +4504,52 @@ def apply_proxy_change(
     the configuration that nginx has then.
     """
     config = host.config
-    name = config.proxy.container_name
     context, conf = facts.context, facts.rendered
     certificates = served_certificates(context)
     if change.claim_ports:
         require_free_ports(config, bool(certificates))
     if change.recreate:
+        changes = due_changes(facts.created_from, change.compose_file)
         host.log.warn(
             "proxy",
-            "the proxy's image, name or directories have changed: its container is made "
-            "anew, which refuses connections for a few seconds",
+            "the proxy's container is made anew, which refuses connections for a few seconds: "
+            + "; ".join(changes),
         )
     with undo_on_failure() as undo:
-        write_compose_file(config, facts, undo)
+        write_compose_file(config, facts.created_from, change.compose_file, undo)
         if change.test:
-            running = not change.bring_up
-            context, conf = find_nginx_conf(config, state, certificates, running)
-            install_nginx_conf(config, running, conf, undo)
+            context, conf = find_nginx_conf(config, state, certificates, change)
+            install_nginx_conf(config, change, conf, undo)
         links = read_links(config)
         undo.append(lambda: set_links(config, links))
         set_links(config, routes(config, state))
         if change.bring_up:
-            bring_up(host, facts.container, undo)
+            bring_up(host, facts.container, change.container, undo)
         if change.reload:
-            reload_proxy(name)
+            reload_proxy(change.container)
             host.log.info("reload", "nginx serves its new configuration")
         if change.verify:
-            verify(host, state, conf)
+            verify(host, state, change.container, conf)
             check()
     return context
 
 
 def route(
-    host: Host, state: State, start: bool = True, check: Callable[[], None] = lambda: None
+    host: Host,
+    state: State,
+    start: bool = True,
+    renew: bool = False,
+    check: Callable[[], None] = lambda: None,
 ) -> None:
     """Make the proxy serve the connections of `state`; C2Error, and all as before, when it can't.
 
-    start: bring the proxy up if it does not run; check: raises when what it serves then is not
-    right. The switch itself is the rename of links; nginx reloads only when its rendered
-    configuration has changed.
+    start, renew: see proxy_change; check: raises when what it serves then is not right. The switch
+    itself is the rename of links; nginx reloads only when its rendered configuration has changed.
     """
     config = host.config
     facts = proxy_facts(host, state)
-    context = apply_proxy_change(host, state, facts, proxy_change(facts, start), check)
+    change = proxy_change(facts, start, renew)
+    context = apply_proxy_change(host, state, facts, change, check)
     remove(config.proxy_path("conf", "candidate.conf"))
     remove(config.proxy_path("docker-compose.before.yml"))
     replace_file(config.proxy_path("nginx.ctx.json"), json.dumps(context, indent=2) + "\n")
@@ -4575,7 +4672,7 @@ def run_certbot(host: Host) -> None:
     args = certbot_args(config, renew=is_of_another_authority(record, config.acme_server))
     command = ["run", "--rm", "-T", "--name", name, "certbot", *args]
     try:
-        compose(config, config.proxy.container_name, *command, stderr_to_stdout=True)
+        compose(config, container_name(config), *command, stderr_to_stdout=True)
     except CommandFailed as e:
         source = f" from {without_credentials(config.acme_server)}" if config.acme_server else ""
         raise CommandFailed(
@@ -6310,6 +6407,7 @@ def cmd_status(host: Host, args: Any) -> None:
         return show_fleet(host, args)
     state = host_state(config)
     certificates, now = status_certificates(config), time.time()
+    due = due_for_proxy(config) if config.proxy else []
     if args.json:
         plain = {
             name: {"names": c.names, "notAfter": utc_now(c.ends), "daysLeft": c.days_left(now)}
@@ -6317,7 +6415,8 @@ def cmd_status(host: Host, args: Any) -> None:
             else {"error": c}
             for name, c in certificates.items()
         }
-        emit(json.dumps({"master": encode(state), "certificates": plain}, indent=2) + "\n")
+        shown = {"master": encode(state), "certificates": plain, "proxy": {"due": due}}
+        emit(json.dumps(shown, indent=2) + "\n")
         return
     runs = {
         name: listening(deploy.port) for name, deploy in state.deploys.items() if deploy.has_port
@@ -6325,7 +6424,7 @@ def cmd_status(host: Host, args: Any) -> None:
     lines = certificate_lines(
         certificates, now, sys.stdout.isatty() and "NO_COLOR" not in os.environ
     )
-    emit(printable_output(status_text(config, state, runs, lines)) + "\n")
+    emit(printable_output(status_text(config, state, runs, lines, due)) + "\n")
     report_unfinished(config)
 
 
@@ -6527,7 +6626,7 @@ def cmd_show_default_nginx_config(host: None, args: Any) -> None:
 def cmd_restart_frontend_proxy(host: Host, args: Any) -> None:
     require_proxy(host.config, "restart-frontend-proxy")
     with changing(host, args.lock_wait, verb="restart-frontend-proxy"):
-        route(host, load_state(host.config))
+        route(host, load_state(host.config), renew=True)
         install_certificates(host, strict=True)
         host.log.info("proxy", "the proxy runs and serves the state")
 

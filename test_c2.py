@@ -1595,7 +1595,7 @@ class ConfigurationCases(unittest.TestCase):
                 deploy_mode=None,
                 health_check=c2.HealthCheck("/health-check", "/", None),
                 nginx_docker_image="nginx",
-                nginx_docker_version="latest",
+                nginx_docker_version="1.28",
                 letsencrypt_prefix_dir="/opt",
                 letsencrypt_www_dir="/opt/var/www",
                 auto_cert_name="camus2cert",
@@ -5162,89 +5162,174 @@ class Proxy(Sandbox):
 class ProxyChanges(unittest.TestCase):
     """What is done to the proxy follows from what is found: a table."""
 
+    def setUp(self):
+        self.config = https_config("/x")
+        self.wanted = c2.compose_file(self.config)
+
+    def compose_file(self, made):
+        """The compose file that the container was created from, by a word of the table."""
+        config = self.config
+        if made == "name":
+            mode = config.proxy._replace(container_name="other")
+            config = config._replace(deploy_mode=mode)
+        if made == "mounts":
+            config = config._replace(letsencrypt_www_dir="/other")
+        if made == "image":
+            config = config._replace(nginx_docker_version="1")
+        document = json.loads(c2.compose_file(config))
+        service = document["services"]["nginx"]
+        if made in ("default", "first c2's"):
+            service["image"] = "nginx:latest"
+            document["x-c2"]["nginxDockerVersion"] = ["latest", "latest"]
+        if made in ("another c2's", "first c2's image"):
+            service["image"] = "nginx:1"
+        if made.startswith("first c2's"):
+            del document["x-c2"]
+        if made == "another c2's":
+            service["image"] = "nginx:1.28"
+            service["command"], document["x-c2"] = ["other"], dict(document["x-c2"], more=[1, 2])
+        if made == "certbot":
+            document["services"]["certbot"]["image"] = "other"
+        other = {"none": None, "camus2": "services:\n  nginx: {}\n"}
+        return other[made] if made in other else json.dumps(document, indent=2) + "\n"
+
     def facts(self, found="runs", made="same", conf="same"):
         """The words of the table, as facts."""
-        config = https_config("/x")
-        mode = config.proxy._replace(container_name="other")
-        wanted = c2.compose_file(config)
+        created_from = self.compose_file(made)
         return c2.ProxyFacts(
             {
                 "runs": c2.Container("frontendproxy", True, False, 0, "/x"),
                 "restarts": c2.Container("frontendproxy", False, True, 9, "/x"),
                 "ended": c2.Container("frontendproxy", False, False, 0, "/x"),
                 "none": c2.Container("frontendproxy"),
-            }[found],
-            {
-                "same": wanted,
-                "certbot": c2.compose_file(config._replace(certbot_docker_version="v1")),
-                "image": c2.compose_file(config._replace(nginx_docker_version="1")),
-                "name": c2.compose_file(
-                    config._replace(deploy_mode=c2.Variant("proxy", mode)),
-                ),
-                "camus2": "services:\n  nginx: {}\n",
-                "none": None,
-            }[made],
-            wanted,
+            }[found]._replace(name="other" if made == "name" else "frontendproxy"),
+            created_from,
+            self.wanted,
             None if conf == "none" else "conf",
             "new" if conf == "new" else "conf",
             {},
             conf == "untaken",
         )
 
+    MADE = (
+        "same",
+        "certbot",
+        "image",
+        "name",
+        "mounts",
+        "default",
+        "another c2's",
+        "first c2's",
+        "first c2's image",
+        "camus2",
+        "none",
+    )
+
     def test_table(self):
         rebuilt = "recreate test bring_up reload verify"
         begun = "claim_ports test bring_up verify"
-        for facts, start, change in (
-            (("runs",), True, "verify"),
-            (("runs",), False, "verify"),
-            (("runs", "certbot"), True, "verify"),
-            (("runs", "same", "new"), True, "test reload verify"),
-            (("runs", "same", "new"), False, "test reload verify"),
-            (("runs", "same", "none"), True, "test reload verify"),
-            (("runs", "same", "untaken"), True, "test reload verify"),
-            (("runs", "image"), True, rebuilt),
-            (("runs", "image"), False, rebuilt),
-            (("runs", "image", "new"), True, rebuilt),
-            (("runs", "name"), True, rebuilt),
-            (("runs", "camus2"), True, rebuilt),
-            (("runs", "none"), True, rebuilt),
-            (("none", "none", "none"), True, begun),
-            (("none", "same"), True, begun),
-            (("ended", "image"), True, begun),
-            (("restarts", "same"), True, "test bring_up verify"),
-            (("none", "none", "none"), False, ""),
-            (("ended", "image", "untaken"), False, ""),
-            (("restarts",), False, ""),
+        for facts, asked, change in (
+            (("runs",), "start", "verify"),
+            (("runs",), "", "verify"),
+            (("runs",), "start renew", "verify"),
+            (("runs", "certbot"), "start", "verify"),
+            (("runs", "certbot"), "start renew", "verify"),
+            (("runs", "same", "new"), "start", "test reload verify"),
+            (("runs", "same", "new"), "", "test reload verify"),
+            (("runs", "same", "none"), "start", "test reload verify"),
+            (("runs", "same", "untaken"), "start", "test reload verify"),
+            # The configuration has changed.
+            (("runs", "image"), "start", rebuilt),
+            (("runs", "image"), "", rebuilt),
+            (("runs", "image", "new"), "start", rebuilt),
+            (("runs", "name"), "start", rebuilt),
+            (("runs", "mounts"), "start", rebuilt),
+            (("runs", "first c2's image"), "start", rebuilt),
+            (("runs", "camus2"), "start", rebuilt),
+            (("runs", "none"), "start", rebuilt),
+            # Only c2 has.
+            (("runs", "default"), "start", "verify"),
+            (("runs", "default", "new"), "", "test reload verify"),
+            (("runs", "default"), "start renew", rebuilt),
+            (("runs", "another c2's"), "start", "verify"),
+            (("runs", "another c2's"), "start renew", rebuilt),
+            (("runs", "first c2's"), "start", "verify"),
+            (("runs", "first c2's"), "start renew", rebuilt),
+            # It does not run.
+            (("none", "none", "none"), "start", begun),
+            (("none", "same"), "start", begun),
+            (("ended", "image"), "start", begun),
+            (("ended", "default"), "start", begun),
+            (("restarts", "same"), "start", "test bring_up verify"),
+            (("none", "none", "none"), "", ""),
+            (("ended", "image", "untaken"), "", ""),
+            (("restarts",), "", ""),
         ):
-            decided = c2.proxy_change(self.facts(*facts), start)
-            shown = " ".join(name for name, value in decided._asdict().items() if value)
-            self.assertEqual(change, shown, (facts, start))
+            decided = c2.proxy_change(self.facts(*facts), "start" in asked, "renew" in asked)
+            shown = " ".join(name for name, value in decided._asdict().items() if value is True)
+            self.assertEqual(change, shown, (facts, asked))
+
+    def test_a_default_that_is_chosen_or_left_is_a_change(self):
+        """Whoever names a version gets it; but naming the one that runs changes nothing."""
+        for before, now, changed in (
+            (["latest", "latest"], ["1.28", "1.28"], False),
+            (["latest", "latest"], ["1.27", "1.28"], True),
+            (["1.27", "latest"], ["1.28", "1.28"], True),
+            (["1.28", "latest"], ["1.28", "1.28"], False),
+            (["1.28", "1.28"], ["1.29", "1.28"], True),
+        ):
+            old, new = json.loads(self.wanted), json.loads(self.wanted)
+            old["x-c2"]["nginxDockerVersion"], new["x-c2"]["nginxDockerVersion"] = before, now
+            found = c2.is_reconfigured(json.dumps(old), json.dumps(new))
+            self.assertEqual(found, changed, (before, now))
+
+    def test_what_is_due(self):
+        for made, due in (
+            ("same", []),
+            ("certbot", []),
+            ("default", ["image nginx:latest -> nginx:1.28"]),
+            ("first c2's", ["image nginx:latest -> nginx:1.28"]),
+            ("another c2's", ["command"]),
+            ("name", ["container_name other -> frontendproxy"]),
+            ("mounts", ["volumes"]),
+        ):
+            self.assertEqual(due, c2.due_changes(self.compose_file(made), self.wanted), made)
 
     def test_laws(self):
-        for found, made, conf, start in itertools.product(
+        for found, made, conf, start, renew in itertools.product(
             ("runs", "restarts", "ended", "none"),
-            ("same", "certbot", "image", "name", "camus2", "none"),
+            self.MADE,
             ("same", "new", "untaken", "none"),
+            (True, False),
             (True, False),
         ):
             facts = self.facts(found, made, conf)
-            change = c2.proxy_change(facts, start)
-            about = (found, made, conf, start, change)
+            change = c2.proxy_change(facts, start, renew)
+            about = (found, made, conf, start, renew, change)
             self.assertEqual(change.verify, found == "runs" or start, about)
             self.assertFalse(change.recreate and found != "runs", about)
             self.assertFalse(change.claim_ports and found in ("runs", "restarts"), about)
             self.assertEqual(change.bring_up, change.recreate or start and found != "runs", about)
             if conf != "same" and change.verify:  # no configuration serves that was not tested
                 self.assertTrue(change.test and (change.reload or change.bring_up), about)
+            written = json.loads(change.compose_file)["services"]
+            self.assertEqual(written["certbot"], json.loads(self.wanted)["services"]["certbot"])
+            self.assertEqual(written["nginx"]["container_name"], change.container, about)
+            if found == "runs" and not change.recreate:  # docker compose would not touch it either
+                self.assertEqual(written["nginx"], c2.nginx_service(facts.created_from), about)
+                if made not in ("same", "certbot"):
+                    self.assertEqual(change.compose_file, facts.created_from, about)
+            else:
+                self.assertEqual(change.compose_file, self.wanted, about)
             done = facts._replace(
-                container=facts.container._replace(running=change.verify, restarting=False),
-                created_from=facts.compose_file,
+                container=c2.Container(change.container, change.verify, False, 0, "/x"),
+                created_from=change.compose_file,
                 conf=facts.rendered if change.test else facts.conf,
                 untaken=False,
             )
             if change.verify:  # what has been done is not done again
-                again = c2.proxy_change(done, start)
-                self.assertEqual([True], [v for v in again if v], about)
+                again = c2.proxy_change(done, start, renew)
+                self.assertEqual([True], [v for v in again if v is True], about)
 
 
 class ProxyWithoutDocker(Proxy):
@@ -5522,6 +5607,69 @@ class ProxyOnDocker(Proxy):
         self.assertIn("made anew", ran.err)
         self.assertNotEqual(before, self.container())
         self.assertEqual("a-2.zip", self.release_of("third.test"))
+
+    def test_another_c2_makes_no_container_anew(self):
+        """Only restart-frontend-proxy does, or a change of the configuration; status tells what."""
+        for tag in ("latest", "1.28", "1.29", "other"):
+            self.docker("tag", "c2-test/nginx:local", "nginx:" + tag)
+            self.addCleanup(self.docker, "rmi", "nginx:" + tag)
+
+        def another_c2(*replacements):
+            text = c2.read_file(C2)
+            for old, new in replacements:
+                self.assertEqual(1, text.count(old), old)
+                text = text.replace(old, new)
+            self.write("another/bin/c2", text)
+
+            def run(command, *args):
+                config = ["--config", self.path("etc/camus2.json")]
+                line = [sys.executable, self.path("another/bin/c2"), command] + config + list(args)
+                return subprocess.check_output(
+                    line, stderr=subprocess.STDOUT, env=self.env
+                ).decode()
+
+            return run
+
+        default = 'nginx_docker_version: docker_image = "1.28"'
+        first = another_c2(
+            (default, default.replace("1.28", "latest")),
+            ('        "x-c2": container_settings(config),\n', ""),
+        )
+        self.proxy_config(nginxDockerImage="nginx")
+        config = json.loads(self.read("etc/camus2.json"))
+        del config["nginxDockerVersion"]
+        self.write("etc/camus2.json", json.dumps(config))
+        self.app("a-1.zip")
+        first("start", "a-1.zip")
+        first("connect", "main", "a-1")
+        image = self.docker("inspect", "-f", "{{.Config.Image}}", "frontendproxy")
+        self.assertEqual("nginx:latest", image.strip())
+        before, due = self.container(), "image nginx:latest -> nginx:1.28"
+
+        for args in (("connect", "test", "a-1"), ("disconnect", "test")):
+            self.c2(*args)
+            self.assertEqual(before, self.container())
+        self.assertIn("due with c2 restart-frontend-proxy: %s\n" % due, self.c2("status").out)
+        self.assertEqual([due], json.loads(self.c2("status", "--json").out)["proxy"]["due"])
+        self.assertIn("seconds: " + due, self.c2("restart-frontend-proxy").err)
+        self.assertEqual("a-1.zip", self.release_of("main.test"))
+        self.assertNotIn("due", self.c2("status").out)
+        after = self.container()
+        self.assertNotEqual(before, after)
+        self.c2("restart-frontend-proxy")
+        self.assertEqual(after, self.container())
+
+        newer = another_c2(
+            (default, default.replace("1.28", "1.29")), ('"max-file": "3"', '"max-file": "4"')
+        )
+        for args in (("connect", "test", "a-1"), ("disconnect", "test")):
+            newer(*args)
+            self.assertEqual(after, self.container())
+        self.assertIn(": image nginx:1.28 -> nginx:1.29; logging\n", newer("status"))
+        self.write("etc/camus2.json", json.dumps(dict(config, nginxDockerVersion="other")))
+        self.assertIn("-> nginx:other; logging", newer("connect", "main", "a-1"))
+        self.assertNotEqual(after, self.container())
+        self.assertEqual("a-1.zip", self.release_of("main.test"))
 
     TEMPLATE = """user nginx;
 pid /var/run/nginx.pid;
@@ -8282,7 +8430,8 @@ class CertificateRules(unittest.TestCase):
             answers = [error and c2.C2Error(error) for error in answers]
             with mock.patch.object(c2, "test_nginx_conf", side_effect=answers) as tested:
                 try:
-                    context, _ = c2.find_nginx_conf(config, c2.State(), pairs, False)
+                    change = mock.Mock(bring_up=True, container="frontendproxy")
+                    context, _ = c2.find_nginx_conf(config, c2.State(), pairs, change)
                     self.assertEqual(c2.http2_form(context), taken)
                 except c2.C2Error as e:
                     self.assertIn(taken, str(e))
