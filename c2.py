@@ -47,6 +47,7 @@ from typing import (
 )
 
 if TYPE_CHECKING:
+    from argparse import ArgumentParser, Namespace
     from zipfile import ZipFile, ZipInfo
 
 VERSION = "0.1.0"
@@ -132,6 +133,16 @@ class Interrupted(BaseException):
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
         self.signum = signum
+
+
+def problem_of(error: Exception) -> Tuple[str, int]:
+    """Return what is said of an error that ends c2, and its exit code."""
+    if isinstance(error, C2Error):
+        return str(error), error.code
+    if isinstance(error, OSError):
+        return f"{error.filename2 or error.filename or 'the system'}: {error.strerror or error}", 1
+    what = f"{type(error).__name__}: {error}"
+    return f"internal error, please report it: {what}; --debug shows where", 1
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -690,17 +701,6 @@ _YAML_FLOW = (
 )
 
 
-def parse_yaml(text: str) -> Any:
-    """Parse a YAML document to a dict, list, str, int, float, bool, or None for an empty one.
-
-    What it reads, PyYAML's safe_load and YAML 1.2 parsers (core schema) read the same. What they
-    read unlike each other, and what configurations do without (anchors, tags, `>` blocks, `? `
-    keys, keys that are no texts, several documents), raises ConfigError with line, column and
-    remedy. Source: yaml.org/spec/1.2.2.
-    """
-    return _Yaml(text).document()
-
-
 def _fold(gap: str) -> str:
     """Fold white space in a scalar: one line break is a space, n of them are n - 1 line breaks."""
     breaks = gap.count("\n")
@@ -1020,6 +1020,17 @@ class _Yaml:
             return text
         text = text.rstrip("\n")
         return text if chomp or not text else text + "\n"
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse a YAML document to a dict, list, str, int, float, bool, or None for an empty one.
+
+    What it reads, PyYAML's safe_load and YAML 1.2 parsers (core schema) read the same. What they
+    read unlike each other, and what configurations do without (anchors, tags, `>` blocks, `? `
+    keys, keys that are no texts, several documents), raises ConfigError with line, column and
+    remedy. Source: yaml.org/spec/1.2.2.
+    """
+    return _Yaml(text).document()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2954,6 +2965,21 @@ def host_state(config: Config) -> State:
 def save_state(config: Config, state: State) -> None:
     make_dir(config.proxy_path())
     replace_file(config.proxy_path("state.json"), json.dumps(encode(state), indent=2) + "\n")
+
+
+def report_unfinished(config: Config) -> None:
+    """Say what is under way, or was killed and waits for the next command that changes the host."""
+    journal = read_journal(config.proxy_path("journal.json"))
+    holder = lock_holder(config)
+    if journal and holder:
+        say(f"under way: {journal.doing}, pid {holder['pid']}, since {journal.record['since']}")
+    elif journal:
+        say(
+            f"warning: killed: {journal.doing}; the next command that changes something puts it "
+            "right first"
+        )
+    for name in list_dir(config.proxy_path("blocked")):
+        say(f"warning: {name[: -len('.json')]} is blocked: a recovery failed; see c2 show-log")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -6100,29 +6126,30 @@ def require_port(action: Any) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Commands: each takes the host, or None where it needs none, and the parsed arguments
+# Commands: each takes the parsed arguments, and before them the host where it needs one
 # --------------------------------------------------------------------------------------------------
 
 
+Argument = Tuple[Tuple[str, ...], Dict[str, Any]]  # of argparse's add_argument
+
+
 class Command(NamedTuple):
-    """A command: its function, what it does in one line, an example, and its arguments, for
-    argparse.
-    """
-
-    function: Callable
-    summary: str
+    function: Callable[..., None]
+    summary: str  # what it does in one line
     example: str
-    arguments: tuple
-    host: bool
+    arguments: Tuple[Argument, ...]
+    host: bool  # whether it needs one, and so a configuration
 
 
-COMMANDS = {}  # type: Dict[str, Command]
+COMMANDS: Dict[str, Command] = {}
 
 
-def subcommand(summary: str, example: str, *arguments: tuple, host: bool = True) -> Callable:
-    """Make a command of the function cmd_NAME; host: whether it needs a configuration."""
+def subcommand(
+    summary: str, example: str, *arguments: Argument, host: bool = True
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a command of the function cmd_NAME."""
 
-    def register(function: Callable) -> Callable:
+    def register(function: Callable[..., None]) -> Callable[..., None]:
         name = function.__name__[len("cmd_") :].replace("_", "-")
         COMMANDS[name] = Command(function, summary, example, arguments, host)
         return function
@@ -6130,23 +6157,25 @@ def subcommand(summary: str, example: str, *arguments: tuple, host: bool = True)
     return register
 
 
-def argument(*names: str, **settings: Any) -> tuple:
+def argument(*names: str, **settings: Any) -> Argument:
     return names, settings
 
 
-def amount(kind: Any, least: float = 0, most: int = 10**9) -> Callable:
-    """argparse type: a number in these bounds, which no clock or memory overflows."""
+def amount(
+    kind: Callable[[str], float], least: float = 0, most: int = 10**9
+) -> Callable[[str], float]:
+    """Make an argparse type: a number in these bounds, which no clock or memory overflows."""
 
-    def decode(given: str) -> Any:
+    def parse_amount(text: str) -> float:
         import argparse
 
         with contextlib.suppress(ValueError):
-            value = kind(given)
+            value = kind(text)
             if least <= value <= most:
                 return value
-        raise argparse.ArgumentTypeError(f"{given} is not a number from {least} to {most}")
+        raise argparse.ArgumentTypeError(f"{text} is not a number from {least} to {most}")
 
-    return decode
+    return parse_amount
 
 
 RELEASE = argument("release", metavar="RELEASE", help="its name in the store")
@@ -6172,16 +6201,15 @@ WAIT = argument(
 JSON = argument("--json", "--json-output", action="store_true", dest="json", help="print JSON")
 
 
-def require_proxy(config: Config, what: str) -> ProxyMode:
+def require_proxy(config: Config, what: str) -> None:
     if not config.has_proxy:
         raise ConfigError(f"{what} needs the proxy, but deployMode is noproxy; see c2 help")
-    return config.proxy
 
 
 def change(
     host: Host,
-    args: Any,
-    decide: Callable[[State], list],
+    args: "Namespace",
+    decide: Callable[[State], Sequence[Action]],
     subject: Callable[[State], str] = lambda state: "",
     **about: Any,
 ) -> None:
@@ -6204,6 +6232,35 @@ def change(
         apply_actions(host, decide(state), state)
 
 
+def start_release(host: Host, args: "Namespace", release: str, name: str) -> None:
+    """Deploy a release under the label `name`, by the rules of `start_actions`."""
+    config = host.config
+    remote = config.remote is not None
+    decode(ReleaseName, release, Location("RELEASE"))
+    check_label(name, State())
+    if remote:
+        require_release(config, release)
+
+    def allocate_port(state: State) -> int:
+        ports = {d.port for d in state.deploys.values()}
+        return next_port(
+            config.proxy.dynamic_port_range,
+            state.last_port,
+            lambda port: port in ports or not remote and port_taken(port),
+        )
+
+    def decide(state: State) -> List[Action]:
+        deploy = state.deploys.get(name)
+        if not deploy or deploy.release != release or deploy.has_port != config.has_proxy:
+            deploy = Deploy(name, release, allocate_port(state) if config.has_proxy else 0)
+        actions = start_actions(state, deploy, lambda d: remote or listening(d.port))
+        if not actions:
+            say(f"{name} ({release}) runs already, on port {deploy.port}")
+        return actions
+
+    change(host, args, decide, lambda state: name, verb="start", deploy=name, release=release)
+
+
 @subcommand(
     "deploy a release",
     "c2 start web-1.4.zip",
@@ -6217,39 +6274,9 @@ def change(
     LOCK_WAIT,
     WAIT,
 )
-def cmd_start(host: Host, args: Any) -> None:
+def cmd_start(host: Host, args: "Namespace") -> None:
     name = stem(args.release) if args.deploy is None else args.deploy
     start_release(host, args, args.release, name)
-
-
-def start_release(host: Host, args: Any, release: str, name: str) -> None:
-    """Deploy a release under the label `name`, by the rules of `start_actions`."""
-    config, remote = host.config, bool(host.config.remote)
-    decode(ReleaseName, release, Location("RELEASE"))
-    check_label(name, State())
-    if remote:
-        require_release(config, release)
-
-    def decide(state: State) -> list:
-        deploy = state.deploys.get(name, Deploy("", "", 0))
-        if deploy.release != release or deploy.has_port != config.has_proxy:
-            ports = {d.port for d in state.deploys.values()}
-            port = (
-                next_port(
-                    config.proxy.dynamic_port_range,
-                    state.last_port,
-                    lambda p: p in ports or not remote and port_taken(p),
-                )
-                if config.has_proxy
-                else 0
-            )
-            deploy = Deploy(name, release, port)
-        actions = start_actions(state, deploy, lambda d: remote or listening(d.port))
-        if not actions:
-            say(f"{name} ({release}) runs already, on port {deploy.port}")
-        return actions
-
-    change(host, args, decide, lambda state: name, verb="start", deploy=name, release=release)
 
 
 @subcommand(
@@ -6260,32 +6287,28 @@ def start_release(host: Host, args: Any, release: str, name: str) -> None:
     LOCK_WAIT,
     WAIT,
 )
-def cmd_stop(host: Host, args: Any) -> None:
-    """Stop a deploy; a start of it that is under way is cancelled instead."""
-    config, begun = host.config, {}
+def cmd_stop(host: Host, args: "Namespace") -> None:
+    config = host.config
+    start: Dict[str, Any] = {}  # that is under way, and is cancelled instead
     if config.remote:
         return change(host, args, lambda state: stop_actions(state, args.deploy, args.force))
 
-    def cancels(holder: dict) -> bool:
+    def cancels(holder: Dict[str, Any]) -> bool:
         names = (holder.get("deploy"), holder.get("release"), stem(str(holder.get("release"))))
-        begun.update(holder)
+        start.update(holder)
         return holder.get("verb") == "start" and args.deploy in names
 
     with changing(
         host, args.lock_wait, cancels=cancels, verb="stop", deploy=args.deploy
     ) as cancelled:
         state = host_state(config)
-        if (
-            cancelled
-            and getattr(state.deploys.get(begun["deploy"]), "release", None) != begun["release"]
-        ):
-            host.log.info(
-                "cancelled",
-                f"the start of {begun['deploy']} ({begun['release']}) was cancelled",
-                deploy=begun["deploy"],
-                release=begun["release"],
-            )
-            return
+        if cancelled:
+            label = start["deploy"]
+            release = start["release"]
+            if label not in state.deploys or state.deploys[label].release != release:
+                message = f"the start of {label} ({release}) was cancelled"
+                host.log.info("cancelled", message, deploy=label, release=release)
+                return
         blocked = config.proxy_path("blocked", f"{args.deploy}.json")
         if args.force and re.fullmatch(LABEL, args.deploy) and os.path.exists(blocked):
             os.unlink(blocked)
@@ -6299,26 +6322,13 @@ def cmd_stop(host: Host, args: Any) -> None:
         apply_actions(host, actions, state)
 
 
-@subcommand(
-    "point an endpoint at a running deploy",
-    "c2 connect main web-1.4",
-    ONLY_END_POINT,
-    DEPLOY,
-    FORCE,
-    LOCK_WAIT,
-    WAIT,
-)
-def cmd_connect(host: Host, args: Any) -> None:
-    require_proxy(host.config, "connect")
-    end_point = find_end_point(host.config, args.end_point)
-    connect(host, args, end_point, lambda state: find_deploy(state, args.deploy))
-
-
-def connect(host: Host, args: Any, end_point: str, target: Callable[[State], Deploy]) -> None:
+def connect(
+    host: Host, args: "Namespace", end_point: str, target: Callable[[State], Deploy]
+) -> None:
     """Point an endpoint at the deploy that `target` finds in the state."""
     config = host.config
 
-    def decide(state: State) -> list:
+    def decide(state: State) -> List[Action]:
         deploy = target(state)
         if not deploy.has_port:
             raise Refused(
@@ -6342,17 +6352,32 @@ def connect(host: Host, args: Any, end_point: str, target: Callable[[State], Dep
 
 
 @subcommand(
+    "point an endpoint at a running deploy",
+    "c2 connect main web-1.4",
+    ONLY_END_POINT,
+    DEPLOY,
+    FORCE,
+    LOCK_WAIT,
+    WAIT,
+)
+def cmd_connect(host: Host, args: "Namespace") -> None:
+    require_proxy(host.config, "connect")
+    end_point = find_end_point(host.config, args.end_point)
+    connect(host, args, end_point, lambda state: find_deploy(state, args.deploy))
+
+
+@subcommand(
     "take an endpoint off: it answers 503",
     "c2 disconnect main",
     argument("end_point", metavar="ENDPOINT"),
     LOCK_WAIT,
     WAIT,
 )
-def cmd_disconnect(host: Host, args: Any) -> None:
+def cmd_disconnect(host: Host, args: "Namespace") -> None:
     require_proxy(host.config, "disconnect")
     end_point = args.end_point
 
-    def decide(state: State) -> list:
+    def decide(state: State) -> List[Action]:
         if end_point not in state.connections:  # one may be connected that is configured no more
             find_end_point(host.config, end_point)
         return [Disconnect(end_point)]
@@ -6368,16 +6393,14 @@ def cmd_disconnect(host: Host, args: Any) -> None:
     LOCK_WAIT,
     WAIT,
 )
-def cmd_rollback(host: Host, args: Any) -> None:
+def cmd_rollback(host: Host, args: "Namespace") -> None:
     config = host.config
     if not config.has_proxy:
         before = host_state(config).previous.get(CURRENT)
-        if args.end_point or not before:
-            raise Refused(
-                "without the proxy there are no endpoints; say c2 rollback"
-                if args.end_point
-                else "no other release has run before; there is nothing to go back to"
-            )
+        if args.end_point:
+            raise Refused("without the proxy there are no endpoints; say c2 rollback")
+        if not before:
+            raise Refused("no other release has run before; there is nothing to go back to")
         return start_release(host, args, before.release, before.label)
     end_point = find_end_point(config, args.end_point)
     connect(host, args, end_point, lambda state: rollback_target(state, end_point))
@@ -6397,16 +6420,14 @@ def cmd_rollback(host: Host, args: Any) -> None:
     ),
     JSON,
 )
-def cmd_status(host: Host, args: Any) -> None:
-    """Print the state, of the master and its slaves where there is one; what is under way is only
-    said.
-    """
+def cmd_status(host: Host, args: "Namespace") -> None:
     config = host.config
     if args.show_slaves or args.watch or config.remote:
         require_remote(config, "status --show-slaves")
         return show_fleet(host, args)
     state = host_state(config)
-    certificates, now = status_certificates(config), time.time()
+    certificates = status_certificates(config)
+    now = time.time()
     due = due_for_proxy(config) if config.proxy else []
     if args.json:
         plain = {
@@ -6428,23 +6449,6 @@ def cmd_status(host: Host, args: Any) -> None:
     report_unfinished(config)
 
 
-def report_unfinished(config: Config) -> None:
-    """Say what is under way, or was killed and waits for the next command that changes
-    something.
-    """
-    journal = read_journal(config.proxy_path("journal.json"))
-    holder = lock_holder(config)
-    if journal and holder:
-        say(f"under way: {journal.doing}, pid {holder['pid']}, since {journal.record['since']}")
-    elif journal:
-        say(
-            f"warning: killed: {journal.doing}; the next command that changes something puts it "
-            "right first"
-        )
-    for name in list_dir(config.proxy_path("blocked")):
-        say(f"warning: {name[: -len('.json')]} is blocked: a recovery failed; see c2 show-log")
-
-
 @subcommand(
     "wait until every machine of the fleet reports the master's state",
     "c2 wait 300",
@@ -6457,7 +6461,7 @@ def report_unfinished(config: Config) -> None:
         help="at most (default: 300)",
     ),
 )
-def cmd_wait(host: Host, args: Any) -> None:
+def cmd_wait(host: Host, args: "Namespace") -> None:
     require_remote(host.config, "wait")
     await_fleet(host, args.secs)
 
@@ -6472,8 +6476,7 @@ def cmd_wait(host: Host, args: Any) -> None:
         help="for ever, looking every SECS seconds",
     ),
 )
-def cmd_slave_update(host: Host, args: Any) -> None:
-    """Make this machine match the master state; with --repeat for ever, whatever goes wrong."""
+def cmd_slave_update(host: Host, args: "Namespace") -> None:
     import random
 
     require_remote(host.config, "slave-update")
@@ -6492,7 +6495,7 @@ def cmd_slave_update(host: Host, args: Any) -> None:
 
 
 @subcommand("remove the records of slaves that are gone for 5 minutes", "c2 slave-flush")
-def cmd_slave_flush(host: Host, args: Any) -> None:
+def cmd_slave_flush(host: Host, args: "Namespace") -> None:
     import tempfile
 
     config = host.config
@@ -6529,7 +6532,7 @@ def cmd_slave_flush(host: Host, args: Any) -> None:
 
 
 @subcommand("list the releases in the store, newest first", "c2 list-releases", JSON)
-def cmd_list_releases(host: Host, args: Any) -> None:
+def cmd_list_releases(host: Host, args: "Namespace") -> None:
     names = release_store(host.config).names()
     listed = "".join(one_line(name) + "\n" for name in names)
     emit(readable_json(names, indent=2) + "\n" if args.json else listed)
@@ -6542,15 +6545,15 @@ def cmd_list_releases(host: Host, args: Any) -> None:
     argument("--follow", action="store_true", help="go on with new entries"),
     argument("--json", action="store_true", help="print the entries as they are stored"),
 )
-def cmd_show_log(host: Host, args: Any) -> None:
-    """Print the log, as it is stored or a line for each event with the output of failed commands
-    below.
-    """
+def cmd_show_log(host: Host, args: "Namespace") -> None:
     from collections import deque
 
     path = host.config.log_file
 
-    def shown(line: str) -> str:
+    def readable(line: str) -> str:
+        """Give a line for an event, with the output of a failed command below."""
+        if args.json:
+            return printable(line)
         try:
             entry = json.loads(line)
             where = f"{entry['time']} {entry['level']:7} {entry['command']}: {entry['message']}"
@@ -6562,10 +6565,13 @@ def cmd_show_log(host: Host, args: Any) -> None:
     try:
         with open(path, encoding="utf-8", errors="backslashreplace") as f:
             for line in deque(f, args.number):
-                emit(printable(line) if args.json else shown(line))
+                emit(readable(line))
             while args.follow:
                 line = f.readline()
-                emit(printable(line) if args.json else shown(line)) if line else time.sleep(0.2)
+                if line:
+                    emit(readable(line))
+                else:
+                    time.sleep(0.2)
     except FileNotFoundError:
         say(f"there is no log yet at {path}")
 
@@ -6575,7 +6581,7 @@ def cmd_show_log(host: Host, args: Any) -> None:
     "c2 fetch-context --retry",
     argument("--retry", action="store_true", help="wait until they all exist"),
 )
-def cmd_fetch_context(host: Host, args: Any) -> None:
+def cmd_fetch_context(host: Host, args: "Namespace") -> None:
     fetch_context(host, args.retry)
 
 
@@ -6585,7 +6591,7 @@ def cmd_fetch_context(host: Host, args: Any) -> None:
     RELEASE,
     argument("dir", metavar="DIR", help="a new directory"),
 )
-def cmd_unpack(host: Host, args: Any) -> None:
+def cmd_unpack(host: Host, args: "Namespace") -> None:
     import tempfile
 
     directory = os.path.abspath(args.dir)
@@ -6607,7 +6613,7 @@ def cmd_unpack(host: Host, args: Any) -> None:
     argument("template", metavar="TEMPLATE"),
     argument("out", metavar="OUT"),
 )
-def cmd_expand_template(host: Host, args: Any) -> None:
+def cmd_expand_template(host: Host, args: "Namespace") -> None:
     def warn(message: str) -> None:
         say(f"warning: {message}")
 
@@ -6618,12 +6624,12 @@ def cmd_expand_template(host: Host, args: Any) -> None:
 @subcommand(
     "print the built-in nginx template", "c2 show-default-nginx-config > nginx.conf.tpl", host=False
 )
-def cmd_show_default_nginx_config(host: None, args: Any) -> None:
+def cmd_show_default_nginx_config(args: "Namespace") -> None:
     emit(NGINX_TEMPLATE)
 
 
 @subcommand("bring the proxy up with what the state says", "c2 restart-frontend-proxy", LOCK_WAIT)
-def cmd_restart_frontend_proxy(host: Host, args: Any) -> None:
+def cmd_restart_frontend_proxy(host: Host, args: "Namespace") -> None:
     require_proxy(host.config, "restart-frontend-proxy")
     with changing(host, args.lock_wait, verb="restart-frontend-proxy"):
         route(host, load_state(host.config), renew=True)
@@ -6632,7 +6638,7 @@ def cmd_restart_frontend_proxy(host: Host, args: Any) -> None:
 
 
 @subcommand("take the proxy down", "c2 shutdown-frontend-proxy", LOCK_WAIT)
-def cmd_shutdown_frontend_proxy(host: Host, args: Any) -> None:
+def cmd_shutdown_frontend_proxy(host: Host, args: "Namespace") -> None:
     require_proxy(host.config, "shutdown-frontend-proxy")
     with changing(host, args.lock_wait, verb="shutdown-frontend-proxy"):
         name = container_name(host.config)
@@ -6648,7 +6654,7 @@ def cmd_shutdown_frontend_proxy(host: Host, args: Any) -> None:
     "c2 generate-ssl-certificate",
     LOCK_WAIT,
 )
-def cmd_generate_ssl_certificate(host: Host, args: Any) -> None:
+def cmd_generate_ssl_certificate(host: Host, args: "Namespace") -> None:
     check_generated(host.config)
     with changing(host, args.lock_wait, verb="generate-ssl-certificate"):
         generate_certificate(host, load_state(host.config))
@@ -6662,7 +6668,7 @@ def cmd_generate_ssl_certificate(host: Host, args: Any) -> None:
     ),
     host=False,
 )
-def cmd_aws_docker_login_cmd(host: Host, args: Any) -> None:
+def cmd_aws_docker_login_cmd(args: "Namespace") -> None:
     import base64
 
     ids = []
@@ -6676,31 +6682,6 @@ def cmd_aws_docker_login_cmd(host: Host, args: Any) -> None:
     login = show_args(["docker", "login", "-u", user, "--password-stdin", registry])
     # printf is the shell's own, so that no list of processes shows the password.
     emit(f"{show_args(['printf', '%s', password])} | {login}\n")
-
-
-@subcommand("print the manual", "c2 help", host=False)
-def cmd_help(host: None, args: Any) -> None:
-    emit(manual())
-
-
-@subcommand("print the version", "c2 version", host=False)
-def cmd_version(host: None, args: Any) -> None:
-    emit(VERSION + "\n")
-
-
-# --------------------------------------------------------------------------------------------------
-# The command line
-# --------------------------------------------------------------------------------------------------
-
-
-def manual() -> str:
-    """The page that one would print."""
-    lines = ["c2 deploys versioned releases on plain hosts.", "", "Commands:"]
-    for name, command in COMMANDS.items():
-        given = [settings for names, settings in command.arguments if names[0][0] != "-"]
-        shown = [f"[{s['metavar']}]" if s.get("nargs") else s["metavar"] for s in given]
-        lines += [f"  {' '.join([name, *shown])}", f"      {command.summary}"]
-    return "\n".join(lines) + MANUAL
 
 
 MANUAL = """
@@ -6745,22 +6726,49 @@ Blue/green:
 """
 
 
-def parser() -> Any:
-    """The argparse parser of all commands, made from COMMANDS."""
+def manual() -> str:
+    """Return the page that one would print."""
+    lines = ["c2 deploys versioned releases on plain hosts.", "", "Commands:"]
+    for name, command in COMMANDS.items():
+        words = [name]
+        for names, settings in command.arguments:
+            if names[0][0] != "-":
+                metavar = settings["metavar"]
+                words.append(f"[{metavar}]" if "nargs" in settings else metavar)
+        lines += [f"  {' '.join(words)}", f"      {command.summary}"]
+    return "\n".join(lines) + MANUAL
+
+
+@subcommand("print the manual", "c2 help", host=False)
+def cmd_help(args: "Namespace") -> None:
+    emit(manual())
+
+
+@subcommand("print the version", "c2 version", host=False)
+def cmd_version(args: "Namespace") -> None:
+    emit(VERSION + "\n")
+
+
+# --------------------------------------------------------------------------------------------------
+# The command line
+# --------------------------------------------------------------------------------------------------
+
+
+def parser() -> "ArgumentParser":
+    """Make the parser of the command line from COMMANDS."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> None:
-            found = re.search(r"invalid choice: '([^']*)'", message)
-            if found:
-                message = f"there is no command {found.group(1)}{nearest(found.group(1), COMMANDS)}"
-            elif re.match(
-                "unrecognized arguments: [^-]", message
-            ):  # as of `connect main --force web`
+        def error(self, message: str) -> NoReturn:
+            choice = re.search(r"invalid choice: '([^']*)'", message)
+            if choice:
+                name = choice.group(1)
+                message = f"there is no command {name}{nearest(name, COMMANDS)}"
+            elif re.match("unrecognized arguments: [^-]", message):  # `connect main --force web`
                 message += " (options stand before or after the names, not between them)"
             self.exit(2, f"c2: {printable(message)}; see {self.prog} --help\n")
 
-    common = argparse.ArgumentParser(add_help=False)
+    common = Parser(add_help=False)
     common.add_argument(
         "--config",
         metavar="PATH",
@@ -6797,30 +6805,24 @@ def parser() -> Any:
     return top
 
 
-def interrupt(signum: int, frame: Any) -> None:
+def interrupt(signum: int, frame: object) -> None:
     raise Interrupted(signum)
 
 
-def run_parsed(args: Any) -> None:
+def run_parsed(args: "Namespace") -> None:
     """Run the parsed command with its host."""
     command = COMMANDS[args.command]
     if not command.host:
-        return command.function(None, args)
+        return command.function(args)
     config = load_config(getattr(args, "config", None))
     if getattr(args, "wait", None) is not None and not config.remote:
         raise ConfigError(
             "--wait waits for the machines of a fleet, but remoteStateS3 is not configured"
         )
     check_log_file(config.log_file)
-    shown = " ".join(
-        [args.command]
-        + [
-            str(v)
-            for k, v in sorted(vars(args).items())
-            if k in ("release", "deploy", "end_point") and v
-        ]
-    )
-    host = Host(config, Log(config.log_file, shown), config.command_timeout_secs)
+    names = [getattr(args, key, None) for key in ("deploy", "end_point", "release")]
+    command_line = " ".join([args.command, *filter(None, names)])
+    host = Host(config, Log(config.log_file, command_line), config.command_timeout_secs)
     try:
         command.function(host, args)
     except C2Error as e:
@@ -6840,7 +6842,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     try:
         args = parser().parse_args(argv)
     except SystemExit as e:
-        return e.code or 0
+        return int(e.code or 0)
     if not args.command:
         parser().print_help(sys.stderr)
         return 2
@@ -6868,16 +6870,6 @@ def main(argv: Optional[List[str]] = None) -> int:
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
-
-
-def problem_of(error: Exception) -> tuple:
-    """What is said of an error that ends c2, and its exit code."""
-    if isinstance(error, C2Error):
-        return str(error), error.code
-    if isinstance(error, OSError):
-        return f"{error.filename2 or error.filename or 'the system'}: {error.strerror or error}", 1
-    what = f"{type(error).__name__}: {error}"
-    return f"internal error, please report it: {what}; --debug shows where", 1
 
 
 if __name__ == "__main__":

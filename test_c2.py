@@ -1989,7 +1989,7 @@ class ConfigurationCases(unittest.TestCase):
                         decoded(value)
         for account in ("file:///etc/passwd", "x", "1" * 11, "--debug"):
             with self.assertRaises(c2.ConfigError), mock.patch.object(c2, "aws", self.fail):
-                c2.cmd_aws_docker_login_cmd(None, mock.Mock(registry_id=account))
+                c2.cmd_aws_docker_login_cmd(mock.Mock(registry_id=account))
 
     def test_a_long_value_is_shown_short(self):
         with self.assertRaises(c2.ConfigError) as caught:
