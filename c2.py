@@ -1788,6 +1788,7 @@ events { worker_connections 8192; }
 http {
   include /etc/nginx/mime.types;
   default_type application/octet-stream;
+  charset utf-8;
   access_log /dev/stdout;
   sendfile on;
   server_tokens off;
@@ -1830,26 +1831,32 @@ http {
   upstream c2_{{.}} { server 127.0.0.1:{{.}}; keepalive 32; keepalive_timeout 1s; }
 {{/c2.upstreams}}
 
+{{#c2.unknownTls}}
+  ssl_protocols TLSv1.2 TLSv1.3;
+  ssl_ciphers ECDHE+AESGCM:ECDHE+CHACHA20;
+  ssl_prefer_server_ciphers off;
+  ssl_session_cache shared:c2:10m;
+  ssl_session_tickets off;
+{{/c2.unknownTls}}
+
   # Whoever asks for no endpoint, and the load balancer's probe.
   server {
     listen {{c2.httpPort}} default_server;
+{{#c2.unknownTls}}
+    listen {{c2.httpsPort}} ssl{{c2.listenHttp2}} default_server;
+    ssl_certificate {{{sslCertPath}}};
+    ssl_certificate_key {{{sslCertKeyPath}}};
+{{/c2.unknownTls}}
     root /etc/nginx/c2/live/.health-check;
 {{#c2.healthCheck}}
     location = {{{incomingPath}}} {
       if ($c2_port = "") { return 503; }
       proxy_pass http://{{c2.upstream}}$c2_port{{{outgoingPath}}}$is_args$args;
     }
+    location = {{{incomingPath}}}/ { rewrite ^ {{{incomingPath}}} last; }
 {{/c2.healthCheck}}
     location / { return 404; }
   }
-{{#c2.rejectUnknownTls}}
-  ssl_protocols TLSv1.2 TLSv1.3;
-  ssl_ciphers ECDHE+AESGCM:ECDHE+CHACHA20;
-  ssl_prefer_server_ciphers off;
-  ssl_session_cache shared:c2:10m;
-  ssl_session_tickets off;
-  server { listen {{c2.httpsPort}} ssl{{c2.listenHttp2}} default_server; ssl_reject_handshake on; }
-{{/c2.rejectUnknownTls}}
 
 {{#endPoints}}
 {{#http}}
@@ -1966,37 +1973,39 @@ def nginx_context(
     """
     mode, health = config.proxy, config.health_check
     ports = mode.dynamic_port_range
-    kept = ports.v2 - ports.v1 <= UPSTREAMS_MAX
-    upstreams = (
-        {*range(ports.v1, ports.v2), *(d.port for d in state.deploys.values())} if kept else set()
-    )
+    upstreams = []  # type: List[int]
+    if ports.v2 - ports.v1 <= UPSTREAMS_MAX:
+        used = (deploy.port for deploy in state.deploys.values())
+        upstreams = sorted({*range(ports.v1, ports.v2), *used})
     own = {
         "httpPort": mode.http_port,
         "httpsPort": mode.https_port,
-        "rejectUnknownTls": bool(certificates),
         "http2": bool(certificates) and http2 == "on",
         "listenHttp2": " http2" if http2 == "listen" else "",
         "httpsSuffix": "" if mode.https_port == 443 else f":{mode.https_port}",
-        "upstream": "c2_" if kept else "127.0.0.1:",
-        "upstreams": sorted(upstreams),
-    }
-    context = {"endPoints": [], "c2": own}
+        "upstream": "c2_" if upstreams else "127.0.0.1:",
+        "upstreams": upstreams,
+    }  # type: Dict[str, Any]
+    context = {"endPoints": [], "c2": own}  # type: Dict[str, Any]
     if health:
-        own["healthCheck"] = {
-            "incomingPath": health.incoming_path,
-            "outgoingPath": health.outgoing_path,
-        }
+        paths = {"incomingPath": health.incoming_path, "outgoingPath": health.outgoing_path}
+        own["healthCheck"] = paths
         port = port_of(state, health_end_point(config, state) or "")
         if port:
-            context["healthCheck"] = dict(own["healthCheck"], outgoingPort=port)
+            context["healthCheck"] = dict(paths, outgoingPort=port)
+    pairs = {
+        name: {"sslCertPath": pair[0], "sslCertKeyPath": pair[1]}
+        for name, pair in sorted(certificates.items())
+    }
+    if pairs:
+        probed = health.endpoint if health else None
+        own["unknownTls"] = pairs.get(probed) or next(iter(pairs.values()))
     for name, end_point in sorted(mode.end_points.items()):
         entry = {"label": name, "serverNames": " ".join(end_point.server_names)}
         if port_of(state, name):
             entry["port"] = port_of(state, name)
         if end_point.certificate:
-            entry["letsencryptWwwDir"] = config.letsencrypt_www_dir
-            if name in certificates:
-                entry["sslCertPath"], entry["sslCertKeyPath"] = certificates[name]
+            entry.update(pairs.get(name, {}), letsencryptWwwDir=config.letsencrypt_www_dir)
         context["endPoints"].append({"https" if end_point.certificate else "http": entry})
     return context
 

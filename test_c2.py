@@ -5566,6 +5566,9 @@ class ProxyOnDocker(Proxy):
         self.c2("connect", "test", "a-2")
         self.assertEqual("/inner", self.ask("10.0.0.1", "/up")[1]["path"])
         self.assertEqual("a-2.zip", self.release_of("10.0.0.1", "/up"))
+        self.assertEqual("/inner?a=b", self.ask("10.0.0.1", "/up/?a=b")[1]["path"])
+        for path in ("/up/more", "/upper", "/inner"):
+            self.assertEqual(404, self.status_of("10.0.0.1", path))
         change()
         self.assertEqual(404, self.status_of("10.0.0.1", "/up"))
         self.assertEqual("a-1.zip", self.release_of("10.0.0.1", "/health-check"))
@@ -9144,7 +9147,7 @@ class CertificatesServed(Sandbox):
         self.assertEqual([self.session(host) for host in hosts], [first] * 3)
         self.assertEqual(first[:2], ("TLSv1.3", "h2"))
         self.speaks_tls(hosts[0])
-        with self.assertRaises(ssl.SSLError):
+        with self.assertRaises(ssl.CertificateError):
             self.session("unknown.example.test")
         self.keys_are_private()
         self.assertEqual(self.ask(hosts[0])[0], 503)
@@ -9408,6 +9411,61 @@ class CertificatesServed(Sandbox):
         self.c2("connect", "shop", "blue")
         self.assertEqual(self.ask("shop.example.test", root=pair[0])[:2], (200, "blue"))
         self.assertEqual(self.container(), before[1])
+
+    def ask_unnamed(self, name, host, path="/"):
+        """(Certificate, status, body) of a GET from who asks for the name in the handshake."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        with socket.create_connection(("127.0.0.1", 443), 10) as plain, context.wrap_socket(
+            plain, server_hostname=name
+        ) as s:
+            text = "GET %s HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n" % (path, host)
+            s.sendall(text.encode())
+            answer = http.client.HTTPResponse(s)
+            answer.begin()
+            return s.getpeercert(True), answer.status, answer.read().decode()
+
+    def test_tls_without_a_name_or_with_an_unknown_one(self):
+        """It is presented the health check's endpoint's certificate, and told what an unknown host
+        is told.
+        """
+        hosts = {"main": "main.example.test", "shop": "shop.example.test"}
+        pairs = {name: make_certificate(self.dir, name, [host]) for name, host in hosts.items()}
+        end_points = {name: ([host], explicit(pairs[name])) for name, host in hosts.items()}
+        end_points["aaa"] = ["aaa.example.test"], self.GENERATED  # which has none yet
+        self.https(end_points)
+        self.app("blue")
+        self.c2("connect", "main", "blue")
+        for endpoint, presented in ((None, "main"), ("shop", "shop"), ("aaa", "main")):
+            self.https(
+                end_points, healthCheck={"endpoint": endpoint, "outgoingPath": "/index.html"}
+            )
+            self.c2("connect", "shop", "blue")
+            wanted = ssl.PEM_cert_to_DER_cert(c2.read_file(pairs[presented][0]))
+            for name in (None, "unknown.example.test", "aaa.example.test"):
+                self.assertEqual(self.ask_unnamed(name, "10.0.0.1")[:2], (wanted, 404))
+                found = self.ask_unnamed(name, "unknown.example.test", "/health-check")
+                served = (200, "blue") if endpoint != "aaa" else (503, found[2])
+                self.assertEqual(found, (wanted,) + served)
+                self.assertEqual(self.ask_unnamed(name, "x", "/health-check/"), (wanted,) + served)
+            for name, host in hosts.items():
+                wanted = ssl.PEM_cert_to_DER_cert(c2.read_file(pairs[name][0]))
+                self.assertEqual(self.ask_unnamed(host, host), (wanted, 200, "blue"))
+        self.speaks_tls("unknown.example.test")
+
+    def test_the_charset_of_what_has_none_is_utf_8(self):
+        self.https({"plain": (["plain.example.test"], "httpOnly")})
+        self.app("blue")
+        self.c2("connect", "plain", "blue")
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", 80, timeout=10)) as asked:
+            for path, kind in (
+                ("/", "text/html; charset=utf-8"),
+                ("/release.json", "application/json"),
+            ):
+                asked.request("GET", path, headers={"Host": "plain.example.test"})
+                answer = asked.getresponse()
+                answer.read()
+                self.assertEqual(kind, answer.getheader("Content-Type"), path)
 
     def test_given_ones_and_none_yet(self):
         pair = make_certificate(self.dir, "one", ["shop.example.test"])
