@@ -6437,7 +6437,7 @@ def cmd_status(host: Host, args: "Namespace") -> None:
     state = host_state(config)
     certificates = status_certificates(config)
     now = time.time()
-    due = due_for_proxy(config) if config.proxy else []
+    due = due_for_proxy(config) if config.has_proxy else []
     if args.json:
         plain = {
             name: {"names": c.names, "notAfter": utc_now(c.ends), "daysLeft": c.days_left(now)}

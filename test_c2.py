@@ -10265,7 +10265,7 @@ class FaultsWithCertificates(EveryFault, Faulty):
                     )
                     if pair:
                         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-                        context.load_cert_chain(*(proxy + path for path in pair))
+                        context.load_cert_chain(*(proxy + path for path in pair[-2:]))
                         server.listen(20)
                     known = now
                 with contextlib.suppress(OSError), contextlib.closing(server.accept()[0]) as c:
