@@ -1720,33 +1720,67 @@ def stop_actions(state: State, name: str, force: bool = False) -> List[Destroy]:
     return [Destroy(deploy, force)]
 
 
-def describe(action: Action) -> Tuple[str, str, Dict[str, Any]]:
-    """Return an action in words, as it begins and as it is done, and its fields in the log."""
+VERBS: Dict[type, Tuple[str, str, str]] = {  # what an action does, is doing, and has done
+    Create: ("start", "starting", "started"),
+    Replace: ("start", "starting", "started"),
+    Restart: ("restart", "starting again", "restarted"),
+    Destroy: ("stop", "stopping", "stopped"),
+    Connect: ("connect", "connecting", "connected"),
+    Disconnect: ("disconnect", "disconnecting", "disconnected"),
+}
+
+
+def phrase(action: Action, verb: str, with_release: bool = False) -> str:
     if isinstance(action, Connect):
-        what = f"{action.end_point} to {action.label}"
-        return (
-            f"connecting {what}",
-            f"connect {what}",
-            {"endpoint": action.end_point, "deploy": action.label},
-        )
+        return f"{verb} {action.end_point} to {action.label}"
     if isinstance(action, Disconnect):
-        what = action.end_point
-        return f"disconnecting {what}", f"disconnect {what}", {"endpoint": what}
+        return f"{verb} {action.end_point}"
     deploy = action.deploy
-    verb, doing = {Restart: ("restart", "starting again"), Destroy: ("stop", "stopping")}.get(
-        type(action), ("start", "starting")
-    )
-    port = f" on port {deploy.port}" if deploy.has_port and verb != "stop" else ""
-    instead = (
-        f" in place of {action.old.label} ({action.old.release})"
-        if isinstance(action, Replace)
-        else ""
-    )
-    return (
-        f"{doing} {deploy.label} ({deploy.release}){port}{instead}",
-        f"{verb} {deploy.label}{port}",
-        {"deploy": deploy.label, "release": deploy.release, "port": deploy.port or None},
-    )
+    words = [verb, deploy.label]
+    if with_release:
+        words.append(f"({deploy.release})")
+    if deploy.has_port and not isinstance(action, Destroy):
+        words.append(f"on port {deploy.port}")
+    return " ".join(words)
+
+
+def describe(action: Action) -> str:
+    """Return an action in words, as in: start web-1.1 on port 8001."""
+    return phrase(action, VERBS[type(action)][0])
+
+
+def announce(action: Action) -> str:
+    """Return what is said when an action begins."""
+    beginning = phrase(action, VERBS[type(action)][1], with_release=True)
+    if isinstance(action, Replace):
+        beginning += f" in place of {action.old.label} ({action.old.release})"
+    return beginning
+
+
+def outcome(action: Action, state: State) -> str:
+    """Return what an action has done that began in `state`."""
+    before = now = None
+    if isinstance(action, (Connect, Disconnect)):
+        before = state.connections.get(action.end_point)
+        now = action.label if isinstance(action, Connect) else None
+        result = f"{action.end_point} " + (f"serves {now} now" if now else "answers 503 now")
+    else:
+        result = phrase(action, VERBS[type(action)][2])
+        if isinstance(action, Replace):
+            before, now = action.old.label, action.deploy.label
+    return result + (f" (before: {before})" if before not in (None, now) else "")
+
+
+def log_fields(action: Action) -> Dict[str, Any]:
+    fields: Dict[str, Any] = {"action": VERBS[type(action)][0]}
+    if isinstance(action, (Connect, Disconnect)):
+        fields["endpoint"] = action.end_point
+    if isinstance(action, Connect):
+        fields["deploy"] = action.label
+    if not isinstance(action, (Connect, Disconnect)):
+        deploy = action.deploy
+        fields.update(deploy=deploy.label, release=deploy.release, port=deploy.port or None)
+    return fields
 
 
 def rollback_target(state: State, end_point: str) -> Deploy:
@@ -2815,11 +2849,11 @@ class Journal:
     def __init__(self, path: str, record: dict) -> None:
         self.path, self.record, self.ignore_disk_full = path, record, False
 
-    def step(self, step: str, **facts: Any) -> None:
-        self.save(dict(self.record, **facts, step=step, group=None))
+    def step(self, step: str) -> None:
+        self.note(step=step, group=None)
 
     def runs(self, pid: int) -> None:
-        self.save(dict(self.record, group=identity(pid)))
+        self.note(group=identity(pid))
 
     def save(self, record: dict) -> None:
         """The record is the new one only when the file has it; but an undo goes on where the disk
@@ -2832,6 +2866,9 @@ class Journal:
                 raise
         self.record = record
 
+    def note(self, **facts: Any) -> None:
+        self.save(dict(self.record, **facts))
+
     def clear(self) -> None:
         remove(self.path)
 
@@ -2841,9 +2878,7 @@ class Journal:
 
     @property
     def doing(self) -> str:
-        return (
-            f"{describe(self.action)[1]} (step {self.record['step']}, c2 {self.record['command']})"
-        )
+        return f"{describe(self.action)} (step {self.record['step']}, c2 {self.record['command']})"
 
 
 def encode_action(action: Any) -> dict:
@@ -2872,7 +2907,10 @@ def read_journal(path: str) -> Optional[Journal]:
         group = journal.record["group"]
         paths = [*journal.record.get("fresh", []), *journal.record.get("common", [])]
         inside_place = all(re.fullmatch(r"(/(?!\.\.?(/|\Z))[^/]+)*", at) for at in paths)
-        if journal.doing and inside_place and (group is None or {*group} == {*identity(0)}):
+        steps = [journal.record["step"], *journal.record.get("steps", [])]
+        named = all(isinstance(name, str) for name in steps)
+        identified = group is None or {*group} == {*identity(0)}
+        if journal.doing and inside_place and named and identified:
             return journal
     except (C2Error, ValueError, RecursionError, KeyError, TypeError, AttributeError):
         pass
@@ -4851,115 +4889,69 @@ def check_project(host: Host, deploy: Deploy, directory: str, quiet: bool = Fals
 
 
 # --------------------------------------------------------------------------------------------------
-# The executor: one action at a time, each recoverable from a kill at any instant
+# The executor: one action at a time, step by step, each recoverable from a kill at any instant
 # --------------------------------------------------------------------------------------------------
 
-
-def execute(host: Host, journal: Journal, action: Any, state: State) -> None:
-    """Do what an action says; raises when it could not be done, and `undo` puts right what it has
-    changed.
-    """
-    if isinstance(action, Create):
-        launch(host, journal, action.deploy, None)
-    elif isinstance(action, Replace):
-        launch(host, journal, action.deploy, action.old)
-    elif isinstance(action, Restart):
-        restart(host, journal, action.deploy)
-    elif isinstance(action, Destroy):
-        destroy(host, journal, action.deploy, action.force)
-    else:
-        journal.step("switch")
-        route(host, next_state(action, state), start=isinstance(action, Connect))
+# Three means of recovery, each for one thing. The journal is for a kill of c2: it names the step
+# before its first effect, and the next command that changes something takes it up there. A step's
+# undo is for a failure or a signal: called while c2 lives, last step first; the proxy's change has
+# undos of its own inside of its one step (undo_on_failure). Marker files are for what nginx and the
+# next start have to know whoever died: candidate.conf means that a reload is due,
+# docker-compose.before.yml that the container is not made yet, boot which boot has been seen to,
+# blocked/LABEL.json that a recovery failed. What holds always:
+# - state.json is saved before the journal goes, and the journal goes last.
+# - An undo can be called again, and where its step has done nothing; so can a step that has none.
+# - What a step's undo has to know, the journal has before the step's first effect.
+# - A link in live/, and `current`, is only ever changed by a rename.
+# - .staging and .old hold nothing that serves; a name with the pid of a dead process and ~ is
+#   garbage.
+# - blocked/LABEL.json stops that label alone.
 
 
-def launch(host: Host, journal: Journal, deploy: Deploy, old: Optional[Deploy]) -> None:
-    """Prepare a deploy, and only then stop `old` and start it. Paths that prestart writes down stay
-    true: it runs in the deploy's place, and in staging only where `old` still runs from there.
-    """
-    config = host.config
-    if old:
-        require_private(*command_files(config.path(old.label)))
-    journal.step("prepare")
-    staging, place = config.path(".staging", deploy.label), config.path(deploy.label)
-    make_dir(config.path(".staging"), 0o711)
-    remove(config.path(".old", deploy.label))
-    in_use = bool(old) and old.label == deploy.label
-    if not in_use:
-        remove(output_path(config, deploy.label))
-    fetch_context(host)
-    release = prepare_release(host, deploy.release, staging, deploy_context(host, deploy))
-    if release.prestart_command.strip():
-        check_project(host, deploy, staging, quiet=True)
-    if in_use:
-        run_command(host, journal, deploy, "prestart", staging)  # which may write the compose file
-        check_project(host, deploy, staging)
-        if not config.has_proxy:
-            compare_trees(staging, place)  # before anything is stopped
-        stop_old(host, journal, old, deploy)
-        merge_into_place(host, journal, deploy, whole=config.has_proxy)
-    else:
-        merge_into_place(host, journal, deploy)
-        journal.step("prestart")
-        run_command(host, journal, deploy, "prestart", place)
-        check_project(host, deploy, place)
-        if old:
-            stop_old(host, journal, old, deploy)
-    if not config.has_proxy:
-        replace_link(config.path(CURRENT), deploy.label)
-    journal.step("start")
-    run_command(host, journal, deploy, "start", place)
-    journal.step("done")
+class Work(NamedTuple):
+    """An action under way, which its steps work on; `state` is the one before it."""
+
+    host: Host
+    journal: Journal
+    action: Action
+    state: State
+
+    @property
+    def deploy(self) -> Deploy:
+        """What is started or stopped; a switch has no such thing."""
+        if isinstance(self.action, (Connect, Disconnect)):
+            raise TypeError(describe(self.action))
+        return self.action.deploy
+
+    @property
+    def old(self) -> Optional[Deploy]:
+        return self.action.old if isinstance(self.action, Replace) else None
+
+    @property
+    def in_place(self) -> bool:
+        """Tell whether `old` runs from where the new release will."""
+        return bool(self.old and self.old.label == self.deploy.label)
+
+    @property
+    def replaces_all(self) -> bool:
+        """Tell whether the new directory takes the place of the old one as a whole."""
+        return self.in_place and self.host.config.has_proxy
+
+    def path(self, *above: str) -> str:
+        return self.host.config.path(*above, self.deploy.label)
+
+    def run(self, deploy: Deploy, kind: str) -> None:
+        directory = self.host.config.path(deploy.label)
+        run_command(self.host, self.journal, deploy, kind, directory)
+
+    def in_haste(self) -> "Work":
+        """Return it with a bound on commands, as nobody can interrupt an undo."""
+        limit = min(self.host.command_timeout or UNDO_STOP_SECS, UNDO_STOP_SECS)
+        return self._replace(host=self.host._replace(command_timeout=limit))
 
 
-def stop_old(host: Host, journal: Journal, old: Deploy, deploy: Deploy) -> None:
-    """Stop the deploy that another takes over from; its failure does not hold that one up."""
-    journal.step("stop-old", stopped=False)
-    try:
-        run_command(host, journal, old, "stop", host.config.path(old.label))
-        journal.step("stop-old", stopped=True)
-    except C2Error as e:
-        host.log.warn(
-            "stop-failed",
-            f"{e}; going on with the start of {deploy.label}",
-            deploy=old.label,
-            output=e.output,
-        )
-
-
-def merge_into_place(host: Host, journal: Journal, deploy: Deploy, whole: bool = False) -> None:
-    """Move what staging holds into the deploy's place. What is there already, data say, stays where
-    it is, unless the place is replaced as a whole; what has to give way lies in .old until the end.
-    """
-    config, label = host.config, deploy.label
-    staging, place, aside = (config.path(*at, label) for at in ([".staging"], [], [".old"]))
-    fresh, kept, common = ([], [], [""]) if whole else compare_trees(staging, place)
-    if kept:
-        shown = ", ".join(at[1:] for at in kept[:5]) + ", …" * (len(kept) > 5)
-        message = f"{label}: kept what {deploy.release} does not contain: {shown}"
-        host.log.info("kept", message, deploy=label)
-    journal.step("swap", fresh=fresh, common=common)
-    make_dir(config.path(".old"), 0o700)
-    for at in common:
-        make_dir(os.path.dirname(aside + at))
-        os.rename(place + at, aside + at)
-    for at in common + fresh:
-        os.rename(staging + at, place + at)
-
-
-def take_out_of_place(host: Host, journal: Journal, deploy: Deploy) -> None:
-    """Take the release's files out of its place, and put back what gave way; however often."""
-    place, aside = host.config.path(deploy.label), host.config.path(".old", deploy.label)
-    for at in journal.record["fresh"]:
-        remove(place + at)
-    for at in journal.record["common"]:
-        if os.path.lexists(aside + at):
-            remove(place + at)
-            make_dir(os.path.dirname(place + at))
-            os.rename(aside + at, place + at)
-
-
-def deploy_context(host: Host, deploy: Deploy) -> dict:
-    """The template context of a deploy: the config sources, and its ports in proxy mode."""
+def deploy_context(host: Host, deploy: Deploy) -> Dict[str, Any]:
+    """Return a deploy's template context: the config sources, and its ports in proxy mode."""
     context = load_context(host)
     if not host.config.has_proxy:
         return context
@@ -4973,188 +4965,348 @@ def deploy_context(host: Host, deploy: Deploy) -> dict:
     return dict(context, ports=ports)
 
 
-def roll_back_start(host: Host, journal: Journal, deploy: Deploy, old: Optional[Deploy]) -> None:
-    """Take back an unfinished start, from whatever step it was in, and start `old` again."""
-    config, place = host.config, host.config.path(deploy.label)
-    brief = host._replace(
-        command_timeout=min(host.command_timeout or UNDO_STOP_SECS, UNDO_STOP_SECS)
-    )
-    if journal.record["step"] == "start":
-        try:
-            run_command(brief, journal, deploy, "stop", place)
-        except (C2Error, OSError) as e:
-            host.log.warn("undo", f"{e}; something of it may be left running", deploy=deploy.label)
-        journal.step("swap")
-    if "fresh" in journal.record:
-        take_out_of_place(host, journal, deploy)
-        if read_link(config.path(CURRENT)) == deploy.label:
-            replace_link(config.path(CURRENT), old.label if old else None)
-    stopped = journal.record.get("stopped")
-    if stopped is not None and old and host_state(config).deploys.get(old.label) == old:
-        journal.step("start-old", stopped=False, fresh=[], common=[])
-        if not stopped:  # or nobody knows
-            with contextlib.suppress(C2Error, OSError):
-                run_command(brief, journal, old, "stop", config.path(old.label))
-        run_command(host, journal, old, "start", config.path(old.label))
-        host.log.warn(
-            "undo",
-            f"{old.label} ({old.release}) has been started again",
-            deploy=old.label,
-            release=old.release,
-        )
-    remove(config.path(".staging", deploy.label))
+def prepare(work: Work) -> None:
+    """Unpack the new release into staging, and see that it can be started."""
+    host, deploy, staging = work.host, work.deploy, work.path(".staging")
+    if work.old:
+        require_private(*command_files(host.config.path(work.old.label)))
+    make_dir(host.config.path(".staging"), 0o711)
+    remove(work.path(".old"))
+    if not work.in_place:
+        remove(output_path(host.config, deploy.label))
+    fetch_context(host)
+    release = prepare_release(host, deploy.release, staging, deploy_context(host, deploy))
+    if release.prestart_command.strip():
+        check_project(host, deploy, staging, quiet=True)
 
 
-def restart(host: Host, journal: Journal, deploy: Deploy) -> None:
-    """Stop and start a deploy that should run and doesn't, in its place."""
-    place = host.config.path(deploy.label)
-    if not os.path.isdir(place):
-        return launch(host, journal, deploy, None)
-    check_project(host, deploy, place)
-    journal.step("stop-first")
+def nothing(work: Work) -> str:
+    return ""
+
+
+def discard(work: Work) -> str:
+    remove(work.path(".staging"))
+    return ""
+
+
+def run_prestart(work: Work, directory: str) -> None:
+    run_command(work.host, work.journal, work.deploy, "prestart", directory)
+    check_project(work.host, work.deploy, directory)  # prestart may have written its compose file
+
+
+def prestart(work: Work) -> None:
+    """Run prestart where the release will run: paths that it writes down stay true."""
+    run_prestart(work, work.path())
+
+
+def prestart_aside(work: Work) -> None:
+    """Run prestart in staging, as `old` runs from the place; raise if they can't be merged."""
+    run_prestart(work, work.path(".staging"))
+    if not work.replaces_all:
+        compare_trees(work.path(".staging"), work.path())
+
+
+def stop_or_warn(work: Work, deploy: Deploy, going_on: str) -> bool:
     try:
-        run_command(host, journal, deploy, "stop", place)
-    except CommandFailed as e:
-        host.log.warn(
-            "stop-failed", f"{e}; starting it all the same", deploy=deploy.label, output=e.output
-        )
-    journal.step("start-again")
-    run_command(host, journal, deploy, "start", place)
-    journal.step("done")
+        work.run(deploy, "stop")
+        return True
+    except C2Error as e:
+        message = f"{e}; {going_on}"
+        work.host.log.warn("stop-failed", message, deploy=deploy.label, output=e.output)
+        return False
 
 
-def destroy(host: Host, journal: Journal, deploy: Deploy, force: bool) -> None:
-    """Drain, stop and remove a deploy; without the proxy its directory stays."""
-    config, place = host.config, host.config.path(deploy.label)
-    step = journal.record.get("step")
-    again = step == "stop" or journal.record.get(
-        "again", False
-    )  # a stop command may fail the second time
-    if step != "remove":
-        if not force:
-            require_private(*command_files(place))
-        journal.step("drain", again=again)
-        if config.has_proxy:
-            drain(host, deploy)
-        journal.step("stop")
-        try:
-            if os.path.isdir(place) or not force:
-                run_command(host, journal, deploy, "stop", place)
-        except C2Error as e:
-            if not (force or again and not listening(deploy.port)):
-                mend = (
-                    ""
-                    if config.remote
-                    else (
-                        ": mend it and stop it again, or remove it all the same "
-                        f"with c2 stop --force {deploy.label}"
-                    )
-                )
-                raise CommandFailed(f"{e}; {deploy.label} stays{mend}", e.exit, e.output) from None
-            host.log.warn(
-                "stop-failed",
-                f"{e}; removing it all the same",
-                deploy=deploy.label,
-                output=e.output,
-            )
-    with uninterruptible():
-        journal.step("remove")
-        if config.has_proxy:
-            remove(place)
-            remove(output_path(config, deploy.label))
-        else:
-            replace_link(config.path(CURRENT), None)
+def stop_old(work: Work) -> None:
+    if work.old and stop_or_warn(work, work.old, f"going on with the start of {work.deploy.label}"):
+        work.journal.note(stopped=True)
 
 
-def undo(host: Host, journal: Journal) -> None:
-    """Take back what an unfinished action did, and forget it. A stop is not taken back: it can be
-    run again, and where the deploy is half removed, the next command finishes that.
+def start_old(work: Work) -> str:
+    old, stopped = work.old, work.journal.record.get("stopped")
+    if not old or work.state.deploys.get(old.label) != old:
+        return ""  # a later command has stopped it, while this label was blocked
+    work.journal.note(stopped=False)
+    if not stopped:  # or nobody knows
+        with contextlib.suppress(C2Error, OSError):
+            work.in_haste().run(old, "stop")
+    work.run(old, "start")
+    return f"started {old.label} ({old.release}) again"
+
+
+def merge(work: Work) -> None:
+    """Move what staging holds into the deploy's place.
+
+    What is there already, data say, stays where it is, unless the place is replaced as a whole;
+    what has to give way lies in .old until the end.
     """
-    action, step = journal.action, journal.record.get("step")
+    deploy = work.deploy
+    staging, place, aside = work.path(".staging"), work.path(), work.path(".old")
+    fresh, kept, common = ([], [], [""]) if work.replaces_all else compare_trees(staging, place)
+    if kept:
+        shown = ", ".join(at[1:] for at in kept[:5]) + ", …" * (len(kept) > 5)
+        message = f"{deploy.label}: kept what {deploy.release} does not contain: {shown}"
+        work.host.log.info("kept", message, deploy=deploy.label)
+    work.journal.note(fresh=fresh, common=common)
+    make_dir(os.path.dirname(aside), 0o700)
+    for at in common:
+        make_dir(os.path.dirname(aside + at))
+        os.rename(place + at, aside + at)
+    for at in common + fresh:
+        os.rename(staging + at, place + at)
+
+
+def unmerge(work: Work) -> str:
+    """Take the release's files out of its place, and put back what gave way."""
+    place, aside, facts = work.path(), work.path(".old"), work.journal.record
+    fresh, common = facts.get("fresh", []), facts.get("common", [])
+    for at in fresh:
+        remove(place + at)
+    for at in common:
+        if os.path.lexists(aside + at):
+            remove(place + at)
+            make_dir(os.path.dirname(place + at))
+            os.rename(aside + at, place + at)
+    if not fresh + common:
+        return ""
+    return "put back the files before" if common else "removed its files"
+
+
+def start_new(work: Work) -> None:
+    config = work.host.config
+    if not config.has_proxy:
+        replace_link(config.path(CURRENT), work.deploy.label)
+    work.run(work.deploy, "start")
+
+
+def stop_new(work: Work) -> str:
+    deploy, current = work.deploy, work.host.config.path(CURRENT)
+    result = f"stopped {deploy.label} again"
+    try:
+        work.in_haste().run(deploy, "stop")
+    except (C2Error, OSError) as e:
+        work.host.log.warn("undo", f"{e}; something may be left running", deploy=deploy.label)
+        result = ""
+    if read_link(current) == deploy.label:
+        replace_link(current, work.old.label if work.old else None)
+    return result
+
+
+def check_place(work: Work) -> None:
+    check_project(work.host, work.deploy, work.path())
+
+
+def stop_first(work: Work) -> None:
+    stop_or_warn(work, work.deploy, "starting it all the same")
+
+
+def is_forced(work: Work) -> bool:
+    return isinstance(work.action, Destroy) and work.action.force
+
+
+def drain_deploy(work: Work) -> None:
+    if not is_forced(work):
+        require_private(*command_files(work.path()))
+    if work.host.config.has_proxy:
+        drain(work.host, work.deploy)
+
+
+def stop_deploy(work: Work) -> None:
+    """Run the stop command; one that was killed may fail the second time."""
+    deploy, force = work.deploy, is_forced(work)
+    again = work.journal.record.get("resumed") == "stop"
+    try:
+        if os.path.isdir(work.path()) or not force:
+            work.run(deploy, "stop")
+    except C2Error as e:
+        if not (force or again and not listening(deploy.port)):
+            stays = f"{e}; {deploy.label} stays"
+            if not work.host.config.remote:
+                stays += (
+                    ": mend it and stop it again, or remove it all the same with "
+                    f"c2 stop --force {deploy.label}"
+                )
+            raise CommandFailed(stays, e.exit, e.output) from None
+        message = f"{e}; removing it all the same"
+        work.host.log.warn("stop-failed", message, deploy=deploy.label, output=e.output)
+
+
+def remove_deploy(work: Work) -> None:
+    """Remove a deploy; without the proxy its directory stays."""
+    config = work.host.config
+    if not config.has_proxy:
+        return replace_link(config.path(CURRENT), None)
+    remove(work.path())
+    remove(output_path(config, work.deploy.label))
+
+
+def switch(work: Work) -> None:
+    after = next_state(work.action, work.state)
+    route(work.host, after, start=isinstance(work.action, Connect))
+
+
+def switch_back(work: Work) -> str:
+    restore_links(work.host.config)
+    return ""
+
+
+class Step(NamedTuple):
+    """What does it, and what undoes it, which says what it has done ("": nothing that one sees).
+
+    Each raises when it fails, perhaps half done. Without an undo there is no way but on.
+    """
+
+    do: Callable[[Work], None]
+    undo: Optional[Callable[[Work], str]]
+
+
+STEPS = {
+    "prepare": Step(prepare, discard),
+    "merge": Step(merge, unmerge),
+    "prestart": Step(prestart, nothing),
+    "prestart-aside": Step(prestart_aside, nothing),
+    "stop-old": Step(stop_old, start_old),
+    "start": Step(start_new, stop_new),
+    "check": Step(check_place, nothing),
+    "stop-first": Step(stop_first, nothing),  # it did not run
+    "drain": Step(drain_deploy, nothing),
+    "stop": Step(stop_deploy, nothing),  # it can be stopped again
+    "remove": Step(remove_deploy, None),
+    "switch": Step(switch, switch_back),
+}
+STEPS_OF: Dict[type, List[str]] = {
+    Create: ["prepare", "merge", "prestart", "start"],
+    Replace: ["prepare", "merge", "prestart", "stop-old", "start"],
+    Restart: ["check", "stop-first", "start"],
+    Destroy: ["drain", "stop", "remove"],
+    Connect: ["switch"],
+    Disconnect: ["switch"],
+}
+STEPS_IN_PLACE = ["prepare", "prestart-aside", "stop-old", "merge", "start"]
+ROLLED_BACK = (Create, Replace, Restart)  # when c2 was killed; the others are gone on with
+
+
+def steps_of(work: Work) -> List[str]:
+    if work.in_place:
+        return STEPS_IN_PLACE
+    if isinstance(work.action, Restart) and not os.path.isdir(work.path()):
+        return STEPS_OF[Create]
+    return STEPS_OF[type(work.action)]
+
+
+def begin(host: Host, action: Action, state: State) -> Work:
+    entry = {"action": encode_action(action), "command": host.log.command, "since": utc_now()}
+    work = Work(host, Journal(host.config.proxy_path("journal.json"), entry), action, state)
+    entry["steps"] = steps_of(work)
+    return work
+
+
+def begun(journal: Journal) -> List[str]:
+    """Return the steps up to the one that the journal names."""
+    steps: List[str] = journal.record["steps"]
+    last = journal.record.get("step")
+    return steps[: steps.index(last) + 1] if last else []
+
+
+def perform(work: Work) -> None:
+    """Do the steps of an action, from the one that the journal names on.
+
+    A signal that comes in one without an undo waits until all is done.
+    """
+    journal = work.journal
+    with contextlib.ExitStack() as stack:
+        for name in journal.record["steps"][len(begun(journal)[:-1]) :]:
+            if not STEPS[name].undo:
+                stack.enter_context(uninterruptible())
+            journal.step(name)
+            STEPS[name].do(work)
+        journal.step("done")
+
+
+def roll_back(work: Work) -> str:
+    """Undo the steps that were begun, the last first, and forget the action; return what was done.
+
+    Where the last one has no undo, the journal stays, and the next command goes on with it.
+    """
+    journal = work.journal
+    results = []
     journal.ignore_disk_full = True
-    if step and isinstance(action, (Create, Replace, Restart)):
-        roll_back_start(host, journal, action.deploy, getattr(action, "old", None))
-    elif step == "switch":
-        restore_links(host.config)
-    if step != "remove":
-        journal.clear()
+    for name in reversed(begun(journal)):
+        undo = STEPS[name].undo
+        if not undo:
+            return ""
+        journal.step(name)
+        results.append(undo(work))
+    journal.clear()
+    return ", ".join(filter(None, results))
 
 
-def new_journal(host: Host, action: Any) -> Journal:
-    record = {"action": encode_action(action), "command": host.log.command, "since": utc_now()}
-    return Journal(host.config.proxy_path("journal.json"), record)
-
-
-def apply_actions(host: Host, actions: list, state: State) -> State:
-    """Execute actions, and save the state after each; the first that fails is undone and raised."""
+def apply_actions(host: Host, actions: Sequence[Action], state: State) -> State:
+    """Perform actions, save the state after each; roll back and raise for the first that fails."""
     for action in actions:
-        journal = new_journal(host, action)
-        doing, done, fields = describe(action)
-        host.log.info("begin", doing, **fields)
+        work = begin(host, action, state)
+        host.log.info("begin", announce(action), **log_fields(action))
         began = time.monotonic()
         try:
-            execute(host, journal, action, state)
+            perform(work)
         except BaseException as e:
             with uninterruptible():
-                if isinstance(e, Interrupted) and journal.record.get("step") in ("remove", "done"):
-                    commit(host, journal, state)  # it came too late
-                    raise
-                reason = str(e) if isinstance(e, (C2Error, OSError)) else "interrupted"
-                host.log.event(
-                    "error",
-                    "failed",
-                    f"{done} failed: {reason}",
-                    exit=getattr(e, "exit", None),
-                    output=getattr(e, "output", ""),
-                    **fields,
-                )
-                try:
-                    undo(host, journal)
-                    if not isinstance(action, Destroy):
-                        host.log.info("undone", f"{done} has been taken back", **fields)
-                except (C2Error, OSError) as again:
-                    raise C2Error(
-                        f"{reason}; and it could not be taken back: {again}; the next c2 command "
-                        "puts that right"
-                    ) from None
+                if isinstance(e, Interrupted) and work.journal.record.get("step") == "done":
+                    commit(work)  # it came too late
+                else:
+                    give_up(work, e)
             raise
         with uninterruptible():
             try:
-                state = commit(host, journal, state, round(time.monotonic() - began, 3))
+                state = commit(work, round(time.monotonic() - began, 3))
             except OSError as e:
                 raise C2Error(
-                    f"{done} is done, but that can't be recorded ({e.filename}: "
+                    f"{describe(action)} is done, but that can't be recorded ({e.filename}: "
                     f"{e.strerror}); the next c2 command records it"
                 ) from None
     return state
 
 
-def commit(host: Host, journal: Journal, state: State, seconds: Optional[float] = None) -> State:
+def give_up(work: Work, error: BaseException) -> None:
+    """Log the failure of an action, and roll it back."""
+    log, fields = work.host.log, log_fields(work.action)
+    reason = str(error) if isinstance(error, (C2Error, OSError)) else "interrupted"
+    message = f"{describe(work.action)} failed: {reason}"
+    details = {"exit": getattr(error, "exit", None), "output": getattr(error, "output", "")}
+    log.event("error", "failed", message, **details, **fields)
+    try:
+        result = roll_back(work)
+    except (C2Error, OSError) as e:
+        raise C2Error(
+            f"{reason}; and it could not be rolled back: {e}; the next c2 command that changes "
+            "something tries again"
+        ) from None
+    if result:
+        log.info("rolled-back", f"rolled back: {result}", **fields)
+
+
+def commit(work: Work, seconds: Optional[float] = None) -> State:
     """Record a finished action, then remove what is not needed any more; the journal goes last."""
-    config, action = host.config, journal.action
-    _, done, fields = describe(action)
-    state = next_state(action, state, utc_now())
+    host, action, config = work.host, work.action, work.host.config
+    state = next_state(action, work.state, utc_now())
     save_state(config, state)
-    host.log.info("done", f"{done} done", seconds=seconds, **fields)
-    if isinstance(action, Replace) and config.has_proxy and action.old.label != action.deploy.label:
-        remove(config.path(action.old.label))
-        remove(output_path(config, action.old.label))
-    journal.clear()
+    host.log.info("done", outcome(action, work.state), seconds=seconds, **log_fields(action))
+    if work.old and config.has_proxy and not work.in_place:
+        remove(config.path(work.old.label))
+        remove(output_path(config, work.old.label))
+    work.journal.clear()
     clean_up(host)
     return state
 
 
 def clean_up(host: Host) -> None:
-    """Remove what staging, replaced deploys and kills have left, but for what a recovery still
-    needs.
-    """
+    """Remove what staging, replaced deploys and kills have left, but what a recovery needs."""
     config = host.config
-    kept = {name[: -len(".json")] for name in list_dir(config.proxy_path("blocked"))}
-    left = [
+    blocked = {name[: -len(".json")] for name in list_dir(config.proxy_path("blocked"))}
+    garbage = [
         config.path(place, name)
         for place in (".staging", ".old")
         for name in list_dir(config.path(place))
-        if name not in kept
+        if name not in blocked
     ]
     for directory in (
         config.deploys_dir,
@@ -5163,69 +5315,86 @@ def clean_up(host: Host) -> None:
         *map(config.proxy_path, PROXY_DIRS),
     ):
         temps = [re.search(r"\.(\d+)(-[0-9a-f]+)?~", name) for name in list_dir(directory)]
-        left += [
+        garbage += [
             os.path.join(directory, t.string)
             for t in temps
             if t and not start_time(int(t.group(1)))
         ]
-    for path in left:
+    for path in garbage:
         try:
             remove(path)
         except OSError as e:
-            host.log.warn(
-                "tidy", f"can't remove {path}, which an earlier command left: {e.strerror}"
-            )
+            message = f"can't remove {path}, which an earlier command left: {e.strerror}"
+            host.log.warn("clean-up", message)
 
 
-def recover(host: Host) -> None:
-    """Put right what a killed command left: undo an unfinished start, finish an unfinished stop,
-    connect or disconnect. Raises C2Error when that fails.
+def require_known_steps(work: Work) -> None:
+    """Raise unless this version of c2 has the steps of a journal.
+
+    An earlier one did not tell them: of its starts the last step is not what it is here.
     """
-    journal = read_journal(host.config.proxy_path("journal.json"))
-    if journal:
-        doing, done, state = (
-            journal.doing,
-            journal.record["step"] == "done",
-            load_state(host.config),
+    journal = work.journal
+    former = [name for name in steps_of(work) if name != "start"]
+    steps = journal.record.setdefault("steps", former)
+    if not {*steps} <= {*STEPS} or journal.record["step"] not in [*steps, "done"]:
+        raise C2Error(
+            f"{journal.path} was written by another version of c2, which was killed in "
+            f"{journal.doing}; run a command of that version once, which recovers it, or see to it "
+            "by hand and remove the file"
         )
-        host.log.warn("recover", f"the last command was killed: {doing}; putting that right first")
-        if end_orphan(journal.record["group"]):
-            host.log.warn("recover", "ended the command that it left running")
-        with uninterruptible():
-            if not done:
-                finish_or_roll_back(host, journal, state)
-            if done or isinstance(journal.action, (Destroy, Connect, Disconnect)):
-                commit(host, journal, state)
-        host.log.info("recovered", f"put right: {doing}")
-    clean_up(host)
 
 
-def finish_or_roll_back(host: Host, journal: Journal, state: State) -> None:
-    """Undo or finish what the journal tells of. Where that fails, an endpoint is left as the state
-    has it, and a label is blocked; others are free at the next command.
+def finish_or_roll_back(work: Work) -> str:
+    """Recover what the journal tells of, and return what was undone.
+
+    Where that fails, an endpoint is left as the state has it, and a label is blocked; others are
+    free at the next command.
     """
-    action, doing, config = journal.action, journal.doing, host.config
+    action, journal, config = work.action, work.journal, work.host.config
     journal.ignore_disk_full = True
     try:
-        if isinstance(action, (Create, Replace, Restart)):
-            undo(host, journal)
-        else:
-            execute(host, journal, action, state)
+        if isinstance(action, ROLLED_BACK):
+            return roll_back(work)
+        journal.note(resumed=journal.record["step"])
+        perform(work)
+        return ""
     except (C2Error, OSError) as e:
         if isinstance(action, (Connect, Disconnect)):
-            restore_links(config)
-            journal.clear()
+            roll_back(work)
             raise C2Error(
-                f"could not finish what was killed ({doing}): {e}; {action.end_point} is as it was "
-                "before; mend the cause and try again"
+                f"could not finish what was killed ({journal.doing}): {e}; {action.end_point} is "
+                "as it was before; mend the cause and try again"
             ) from None
-        subject = action.deploy.label
+        subject = work.deploy.label
         make_dir(config.proxy_path("blocked"))
         os.replace(journal.path, config.proxy_path("blocked", f"{subject}.json"))
         raise C2Error(
-            f"could not put right what was killed ({doing}): {e}; {subject} is blocked: mend the "
-            f"cause and try again, or clear it with c2 stop --force {subject}"
+            f"could not recover what was killed ({journal.doing}): {e}; {subject} is blocked: mend "
+            f"the cause and try again, or clear it with c2 stop --force {subject}"
         ) from None
+
+
+def recover(host: Host) -> None:
+    """Roll back the start that a killed command left, or finish the stop or switch.
+
+    Raises C2Error when that fails.
+    """
+    journal = read_journal(host.config.proxy_path("journal.json"))
+    if journal:
+        work = Work(host, journal, journal.action, load_state(host.config))
+        require_known_steps(work)
+        host.log.warn("recover", f"the last command was killed: {journal.doing}; recovering first")
+        if end_orphan(journal.record["group"]):
+            host.log.warn("recover", "ended the command that it left running")
+        with uninterruptible():
+            finished = journal.record["step"] == "done"
+            result = "" if finished else finish_or_roll_back(work)
+            if finished or not isinstance(work.action, ROLLED_BACK):
+                commit(work)
+            else:
+                result = f"rolled back {describe(work.action)}" + (result and f": {result}")
+        host.log.info("recovered", f"recovered: {result or outcome(work.action, work.state)}")
+    clean_up(host)
 
 
 def retry_blocked(host: Host, subject: str) -> None:
@@ -5238,9 +5407,7 @@ def retry_blocked(host: Host, subject: str) -> None:
 
 @contextlib.contextmanager
 def changing(host: Host, wait: float, **about: Any) -> Any:
-    """Hold the lock, with what killed commands left put right; for commands that change the
-    host.
-    """
+    """Hold the lock, and recover first; for commands that change the host."""
     with locked(host, wait, **about) as cancelled:
         recover(host)
         yield cancelled
@@ -5368,7 +5535,7 @@ def change_master(host: Host, decide: Callable[[State], list]) -> tuple:
             new = next_state(action, new, utc_now())
         if not actions:
             return state, []
-        what = ", ".join(describe(action)[1] for action in actions)
+        what = ", ".join(describe(action) for action in actions)
         new = new._replace(changed=Change(who(), utc_now(), what))
         if write_master(host, new, etag):
             break
@@ -5379,10 +5546,8 @@ def change_master(host: Host, decide: Callable[[State], list]) -> tuple:
             "try again"
         )
     for action in actions:
-        _, done, fields = describe(action)
-        host.log.info(
-            "master", f"{done}: the master state says so now; the machines follow", **fields
-        )
+        message = f"recorded in the master state: {describe(action)}; the machines follow"
+        host.log.info("master", message, **log_fields(action))
     return new, actions
 
 
@@ -5777,7 +5942,7 @@ def failure_subject(key: Any) -> Dict[str, str]:
     """The deploy and the endpoint that a failure is about; {}: the whole machine."""
     if isinstance(key, str):
         return {"deploy": os.path.basename(key)[: -len(".json")]} if "/" in key else {}
-    return {n: v for n, v in describe(key)[2].items() if n in ("deploy", "endpoint")}
+    return {n: v for n, v in log_fields(key).items() if n in ("deploy", "endpoint")}
 
 
 class Slave:
@@ -6230,7 +6395,7 @@ def change(
     if host.config.remote:
         state, actions = change_master(host, decide)
         if args.wait is not None:
-            subjects = [about, *(describe(action)[2] for action in actions)]
+            subjects = [about, *map(log_fields, actions)]
             labels = {a["deploy"] for a in subjects if "deploy" in a}
             end_points = {a["endpoint"] for a in subjects if "endpoint" in a}
             await_fleet(host, args.wait, asked_by(state, labels, end_points))

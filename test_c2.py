@@ -4137,7 +4137,7 @@ class NoProxy(OneHost):
             (failed["level"], failed["exit"], failed["output"]), ("error", 7, "one\ntwo")
         )
         shown = self.c2("show-log").out
-        self.assertRegex(shown, r"(?m)^20\S+Z info +start a.zip: start a done$")
+        self.assertRegex(shown, r"(?m)^20\S+Z info +start a.zip: started a$")
         self.assertIn("\n    | one\n    | two\n", shown)
         self.assertEqual(self.c2("show-log", "--json").out, self.read("log.json"))
         self.assertEqual(
@@ -4178,7 +4178,7 @@ class NoProxy(OneHost):
         self.read_until(process.stdout, b"first\n")
         self.marked("a.zip")
         self.c2("start", "a.zip")
-        self.read_until(process.stdout, b"start a done")
+        self.read_until(process.stdout, b"started a")
         process.send_signal(signal.SIGINT)
         ran = self.finish(process)
         self.assertEqual((ran.code, ran.err.count("\n")), (130, 1), ran)
@@ -4375,15 +4375,22 @@ class Merging(unittest.TestCase):
             return rename(*args)
 
         with mock.patch.object(os, "rename", interrupted), contextlib.suppress(KeyboardInterrupt):
-            c2.merge_into_place(host, c2.new_journal(host, c2.Create(one)), one)
+            c2.merge(self.begin(host, one))
         if left[0] > 0:
             self.assertEqual(dict(old, **new), self.look(config.path("x")))
-        journal = c2.read_journal(config.proxy_path("journal.json"))
+        work = self.begin(host, one)
+        work = work._replace(journal=c2.read_journal(work.journal.path))
         left[0] = self.rnd.choice([1, 5, 10**6])
         with mock.patch.object(os, "rename", interrupted), contextlib.suppress(KeyboardInterrupt):
-            c2.take_out_of_place(host, journal, one)
-        c2.take_out_of_place(host, journal, one)
+            c2.unmerge(work)
+        c2.unmerge(work)
         self.assertEqual(old, self.look(config.path("x")))
+
+    def begin(self, host, one):
+        work = c2.begin(host, c2.Create(one), c2.State())
+        if not os.path.exists(work.journal.path):
+            work.journal.step("merge")
+        return work
 
 
 class NoProxyFailures(OneHost):
@@ -4455,7 +4462,7 @@ class NoProxyFailures(OneHost):
             "bad.zip",
             ran=["prestart bad", "stop good good.zip", "stop bad bad.zip", "start good good.zip"],
         )
-        self.assertIn("good (good.zip) has been started again", found.err)
+        self.assertIn("started good (good.zip) again", found.err)
         self.assertFalse(os.path.exists(self.path("deploys", "bad")))
 
     def test_failing_start_of_the_same_release(self):
@@ -4590,12 +4597,12 @@ class NoProxyFailures(OneHost):
         config = c2.load_config(self.path("etc", "camus2.json"))
         host = c2.Host(config, c2.Log(config.log_file, "x"))
         old, new = deploy("x", port=0), deploy("y", port=0)
-        journal = c2.new_journal(host, c2.Replace(old, new))
-        journal.step("stop-old", stopped=False)
+        work = c2.begin(host, c2.Replace(old, new), c2.host_state(config))
+        work.journal.step("stop-old")
         with mock.patch.object(c2, "UNDO_STOP_SECS", 0.3), contextlib.redirect_stderr(
             io.StringIO()
         ):
-            c2.undo(host, journal)
+            c2.roll_back(work)
         self.assertEqual(self.ran(), ["start x x.zip"])
 
     def test_stop_cancels_a_start_in_the_foreground(self):
@@ -5397,6 +5404,35 @@ class ProxyWithoutDocker(Proxy):
         self.assertIn("docker is not on PATH", ran.err)
         self.assertEqual(before, self.state())
         self.c2("stop", "a-1", env={"PATH": self.path("tools")})  # which needs no docker
+
+    def test_a_restart_that_fails_is_stopped_again(self):
+        mark = "echo %s >>../../marks; "
+        start = mark % "started" + "test ! -e ../../broken || exit 8; %s app.py start"
+        stop = mark % "stopped" + "%s app.py stop"
+        self.app("m.zip", startCommand=start % sys.executable, stopCommand=stop % sys.executable)
+        self.c2("start", "m.zip")
+        with open(self.path("deploys", "m", "pid")) as f:
+            os.kill(int(f.read()), signal.SIGKILL)
+        wait_for(lambda: not c2.listening(self.port("m")), what="the end of the app")
+        state = self.state()
+        self.write("broken", "")
+        ran = self.c2("start", "m.zip", code=1)
+        self.assertEqual(
+            ["started", "stopped", "started", "stopped"], self.read("marks").splitlines()
+        )
+        self.assertIn("c2: rolled back: stopped m again\n", ran.err)
+        self.assertRegex(ran.err, "error: m: the start command .* exited 8")
+        self.assertEqual(state, self.state())
+        os.unlink(self.path("broken"))
+        self.c2("start", "m.zip")
+        self.assertEqual(200, c2.http_get(self.port("m"), "/")[0])
+
+    def test_what_was_not_changed_is_not_rolled_back(self):
+        self.app("bad.zip", prestartCommand="exit 3")
+        self.assertNotIn("rolled back", self.c2("start", "bad.zip", code=1).err)
+        self.app("bad.zip", startCommand="exit 3")
+        ran = self.c2("start", "bad.zip", code=1)
+        self.assertIn("c2: rolled back: stopped bad again, removed its files\n", ran.err)
 
     def test_a_compose_file_without_docker(self):
         """The commands may use something else; and one alone has nothing to share."""
@@ -6318,7 +6354,7 @@ class Examples(Sandbox):
         self.assertEqual(
             ["1.0", "1.1", "1.1", "1.0"], re.findall(r"(?m)^Hello from version (.*)$", said)
         )
-        self.assertIn("has been started again", said)
+        self.assertRegex(said, r"started \S+ \(\S+\) again")
 
     @needs_bed
     def test_demo_proxy(self):
@@ -7039,7 +7075,7 @@ Journal.step = strike""")
         visitor = Visitor(slave.address, "main")
         steps = (
             "Create prepare",
-            "Create swap",
+            "Create merge",
             "Create prestart",
             "Create start",
             "Create done",
@@ -9932,15 +9968,14 @@ class Faulty(Sandbox):
         for entry in self.log():
             if entry["event"] != "done":
                 continue
-            verb, name = entry["message"].split()[:2]
-            if verb == "connect":
-                links[name] = entry["deploy"]
-            elif verb == "disconnect":
-                links.pop(name, None)
-            elif verb == "stop":
-                labels.discard(name)
+            if entry["action"] == "connect":
+                links[entry["endpoint"]] = entry["deploy"]
+            elif entry["action"] == "disconnect":
+                links.pop(entry["endpoint"], None)
+            elif entry["action"] == "stop":
+                labels.discard(entry["deploy"])
             else:
-                labels = labels | {name} if self.proxy else {name}
+                labels = {entry["deploy"], *(labels if self.proxy else ())}
         self.assertEqual((labels, links), (set(deploys), connections), "as the log has it")
 
     def walk(self, modes, *command, **options):
@@ -10461,7 +10496,8 @@ class LockAndJournal(Faulty):
             '{"action": {"kind": "Connect", "end_point": "../x", "label": "y"}, "step": "switch",'
             ' "group": null, "command": "", "since": ""}',
             '{"action": {"kind": "Create", "deploy": {"label": "x", "release": "x.zip", "port": 0}},'
-            ' "step": "swap", "group": null, "command": "", "since": "", "fresh": ["/../a"]}',
+            ' "steps": ["merge"], "step": "merge", "group": null, "command": "", "since": "",'
+            ' "fresh": ["/../a"]}',
         ):
             path = self.write("deploys/frontend-proxy/journal.json", content)
             ran = self.run_c2("stop", "a", code=1)
@@ -10475,6 +10511,41 @@ class LockAndJournal(Faulty):
                 for start in ("", "0"):
                     group = {"pid": pid, "start": start, "boot": c2.boot_id()}
                     self.assertFalse(c2.end_orphan(group))
+
+    def test_a_journal_of_another_version(self):
+        """One before the steps were told is recovered where they are what they were; what is not
+        known is refused, and nothing is changed.
+        """
+        self.run_c2("start", "a.zip")
+        path = self.path("deploys/frontend-proxy/journal.json")
+        old, new = c2.Deploy(port=self.ports + 1, label="a", release="a.zip"), deploy("b", "b.zip")
+        for action, told, recovered in (
+            (c2.Create(new), {"step": "prepare"}, True),
+            (c2.Create(new), {"step": "swap", "fresh": [""], "common": []}, False),
+            (c2.Create(new), {"step": "start", "fresh": [""], "common": []}, False),
+            (c2.Create(new), {"step": "start", "steps": ["prepare", "fly", "start"]}, False),
+            (c2.Replace(old, new), {"step": "stop-old"}, True),
+            (c2.Restart(old), {"step": "stop-first"}, True),
+            (c2.Restart(old), {"step": "start-again"}, False),
+            (c2.Connect("main", "a"), {"step": "switch"}, True),
+            (c2.Destroy(old), {"step": "stop"}, True),
+        ):
+            with self.subTest(action=action, **told):
+                about = {"action": c2.encode_action(action), "group": None, "command": "x"}
+                source = json.dumps(dict(about, since="s", **told))
+                self.write(path, source)
+                ran = self.run_c2("stop", "nosuch", code=3 if recovered else 1)
+                if recovered:
+                    self.assertIn("recovered: ", ran.err)
+                    if isinstance(action, c2.Connect):
+                        self.assertEqual({"main": "a.zip"}, self.served())
+                        self.run_c2("disconnect", "main")
+                else:
+                    self.assertRegex(ran.err, path + " was written by another version of c2")
+                    self.assertEqual(source, self.read(path))
+                    os.unlink(path)
+                self.check()
+        self.assertEqual(({}, {}), self.abstract())
 
     def test_a_truncated_state_changes_nothing(self):
         self.run_c2("start", "a.zip")
@@ -10533,7 +10604,7 @@ class LockAndJournal(Faulty):
         self.run_c2("stop", "nosuch", code=1)
         os.unlink(self.path("broken"))
         ran = self.run_c2("connect", "main", "x")
-        self.assertIn("has been started again", ran.err)
+        self.assertIn("started x (moody.zip) again", ran.err)
         self.assertEqual(self.abstract(), ({"x": "moody.zip"}, {"main": "x"}))
 
 
@@ -10888,10 +10959,12 @@ class Hostile(Faulty):
             "action": c2.encode_action(c2.Replace(deploy, deploy)),
             "command": "c",
             "since": "s",
-            "step": "swap",
+            "steps": c2.STEPS_IN_PLACE,
+            "step": "merge",
             "group": c2.identity(2**22),
-            "kept": True,
             "stopped": True,
+            "fresh": ["/x"],
+            "common": ["/y"],
         }
         seeds = {
             os.path.join(root, "state.json"): self.read(root, "state.json"),
