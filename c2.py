@@ -1529,11 +1529,12 @@ def feasible(
                     actions.append(choice)
                     state = next_state(choice, state)
                     break
-        asked = asked_by(new, [], [a.end_point for a in actions if is_outage(end_points, a, new)])
         needless = [
-            Disconnect(e)
-            for e, label in asked.connections.items()
-            if state.connections.get(e) != label
+            a
+            for a in actions
+            if isinstance(a, Disconnect)
+            and is_outage(end_points, a, new)
+            and state.connections.get(a.end_point) != new.connections[a.end_point]
         ]
         if not needless:
             return actions
