@@ -6381,7 +6381,7 @@ def require_proxy(config: Config, what: str) -> None:
         raise ConfigError(f"{what} needs the proxy, but deployMode is noproxy; see c2 help")
 
 
-def change(
+def change_state(
     host: Host,
     args: "Namespace",
     decide: Callable[[State], Sequence[Action]],
@@ -6433,7 +6433,7 @@ def start_release(host: Host, args: "Namespace", release: str, name: str) -> Non
             say(f"{name} ({release}) runs already, on port {deploy.port}")
         return actions
 
-    change(host, args, decide, lambda state: name, verb="start", deploy=name, release=release)
+    change_state(host, args, decide, lambda state: name, verb="start", deploy=name, release=release)
 
 
 @subcommand(
@@ -6466,7 +6466,7 @@ def cmd_stop(host: Host, args: "Namespace") -> None:
     config = host.config
     start: Dict[str, Any] = {}  # that is under way, and is cancelled instead
     if config.remote:
-        return change(host, args, lambda state: stop_actions(state, args.deploy, args.force))
+        return change_state(host, args, lambda state: stop_actions(state, args.deploy, args.force))
 
     def cancels(holder: Dict[str, Any]) -> bool:
         names = (holder.get("deploy"), holder.get("release"), stem(str(holder.get("release"))))
@@ -6520,7 +6520,7 @@ def connect(
             )
         return [Connect(end_point, deploy.label)]
 
-    change(host, args, decide, lambda state: target(state).label, endpoint=end_point)
+    change_state(host, args, decide, lambda state: target(state).label, endpoint=end_point)
     problem = status_certificates(config).get(end_point)
     if isinstance(problem, str):
         host.log.warn("certificate", f"{end_point}: {problem}", endpoint=end_point)
@@ -6557,7 +6557,7 @@ def cmd_disconnect(host: Host, args: "Namespace") -> None:
             find_end_point(host.config, end_point)
         return [Disconnect(end_point)]
 
-    change(host, args, decide, endpoint=end_point)
+    change_state(host, args, decide, endpoint=end_point)
 
 
 @subcommand(
