@@ -51,7 +51,6 @@ if TYPE_CHECKING:
     from zipfile import ZipFile, ZipInfo
 
 VERSION = "0.1.0"
-Decoder = Callable[[Any, "Location"], Any]
 
 # --------------------------------------------------------------------------------------------------
 # Constants and errors
@@ -76,11 +75,14 @@ PEM_BYTES = 1 << 20
 RENEWAL_DAYS = 21  # certbot renews one of 90 days with 30 left; with fewer something is wrong
 # Of a fleet. A slave writes its record every HEARTBEAT_SECS; one that has not for LIVE_SECS counts
 # as gone.
-HEARTBEAT_SECS, LIVE_SECS, FLUSH_SECS = 60, 150, 300
+HEARTBEAT_SECS = 60
+LIVE_SECS = 150
+FLUSH_SECS = 300
 MASTER_TRIES = 30  # each is lost to another master's success
 WAIT_POLL_SECS = 2
 PRESIGN_SECS = 1800  # a presigned address is used for so long, and valid for twice that
-RETRY_SECS, RETRY_MAX_SECS = 5, 600  # before a failed action is tried again: it doubles each time
+RETRY_SECS = 5  # before a failed action is tried again: it doubles each time
+RETRY_MAX_SECS = 600
 STOP_TRIES = 3  # then a slave removes a deploy whose stop command fails all the same
 SLAVE_TIMEOUT_SECS = 900  # commandTimeoutSecs where nobody watches
 PORT_GRACE_SECS = 5
@@ -198,6 +200,7 @@ class Variant(NamedTuple):
 # Spellings that older configurations use.
 ALIASES = {"releasesDir": "deploysDir", "S3": "s3"}
 EMPTY: Mapping[str, Any] = MappingProxyType({})
+Decoder = Callable[[Any, Location], Any]
 DECODERS: Dict[Any, Decoder] = {}  # of types that are written in ways of their own
 
 
@@ -268,13 +271,14 @@ def decode_union(value: Any, at: Location, cases: Dict[str, Any]) -> Tuple[str, 
 
     A case without a decoder takes no value.
     """
-    given: Any = {value: None} if isinstance(value, str) else value
-    if not isinstance(given, dict) or len(given) != 1:
-        raise at.expected(value, "one of " + ", ".join(cases))
-    ((key, inner),) = given.items()
+    allowed = "one of " + ", ".join(cases)
+    case = {value: None} if isinstance(value, str) else value
+    if not isinstance(case, dict) or len(case) != 1:
+        raise at.expected(value, allowed)
+    ((key, inner),) = case.items()
     name: str = ALIASES.get(key) or key
     if name not in cases:
-        raise at.expected(value, "one of " + ", ".join(cases) + nearest(name, cases))
+        raise at.expected(value, allowed + nearest(name, cases))
     if cases[name]:
         return name, decode(cases[name], inner, at.child(name))
     if inner not in (None, {}):
@@ -436,8 +440,9 @@ class CertificateSource(NamedTuple):
 
 def decode_certificate_source(value: Any, at: Location) -> CertificateSource:
     cases = {"generated": None, "explicit": SslCert}
-    given = "generated" if value is None else value
-    return CertificateSource(decode_union(given, at, cases)[1])
+    if value is None:
+        return CertificateSource()
+    return CertificateSource(decode_union(value, at, cases)[1])
 
 
 def decode_etype(value: Any, at: Location) -> Optional[CertificateSource]:
@@ -691,6 +696,7 @@ _YAML_QUOTED = {
     "'": (re.compile(r"'([^']*(?:''[^']*)*)'(?!')"), re.compile(r"''|[ \t\n]+")),
 }
 # How a plain scalar may start, and what ends a line of it: in block collections, between brackets.
+_Style = Tuple[Pattern[str], Pattern[str]]
 _YAML_BLOCK = (
     re.compile(r"""[^,\[\]{}#&*!|>'"%@`?:-]|[?:-](?=[^ \t\n\0])"""),
     re.compile(r"[\n\t\0]| #|:(?=[ \t\n\0])"),
@@ -852,7 +858,7 @@ class _Yaml:
             self.fail("a key has at most 1024 characters, on one line; shorten it", start)
         self.pos += 1
 
-    def node(self, n: int, style: Tuple[Pattern[str], Pattern[str]]) -> Any:
+    def node(self, n: int, style: _Style) -> Any:
         char = self.text[self.pos]
         if char in "[{":
             return self.nested(self.flow, n)
@@ -902,7 +908,7 @@ class _Yaml:
             self.fail("too little indentation between brackets; indent the line more than the key")
         return char
 
-    def plain(self, n: int, style: Tuple[Pattern[str], Pattern[str]]) -> Any:
+    def plain(self, n: int, style: _Style) -> Any:
         start = self.pos
         text = gap = ""
         if not style[0].match(self.text, start):
@@ -3329,7 +3335,7 @@ def open_http(url: str, method: str = "GET") -> Iterator[Any]:
     import urllib.request
     from urllib.parse import unquote, urlsplit
 
-    shown = without_credentials(url)
+    printed = without_credentials(url)
     try:
         parts = urlsplit(url)
         user, at, netloc = parts.netloc.rpartition("@")
@@ -3345,13 +3351,13 @@ def open_http(url: str, method: str = "GET") -> Iterator[Any]:
             yield answer
     except urllib.error.HTTPError as e:
         kind = Missing if e.code in (404, 410) else C2Error
-        raise kind(f"{shown}: the server says {e.code} {e.reason}") from None
+        raise kind(f"{printed}: the server says {e.code} {e.reason}") from None
     except http.client.InvalidURL:
         raise C2Error(
-            f"{shown} is not an address; what is odd in a user or password is written as %XX"
+            f"{printed} is not an address; what is odd in a user or password is written as %XX"
         ) from None
     except (OSError, http.client.HTTPException, ValueError) as e:
-        raise C2Error(f"{shown}: {getattr(e, 'reason', e)}") from None
+        raise C2Error(f"{printed}: {getattr(e, 'reason', e)}") from None
 
 
 def fetch_http(url: str, to: str) -> None:
@@ -3518,10 +3524,10 @@ def require_release(config: Config, name: str) -> None:
     raise C2Error(f"there is no release {name} in {store.label}{hint}")
 
 
-def find_config(given: Optional[str]) -> str:
+def find_config(option: Optional[str]) -> str:
     """Return --config, else $CAMUS2_CONFIG, else what there is beside c2 in ../etc."""
-    if given is not None:  # an empty one, too: better none than another
-        return given
+    if option is not None:  # an empty one, too: better none than another
+        return option
     if os.environ.get("CAMUS2_CONFIG"):
         return os.environ["CAMUS2_CONFIG"]
     etc = os.path.join(os.path.dirname(os.path.dirname(os.path.realpath(__file__))), "etc")
@@ -3535,9 +3541,9 @@ def find_config(given: Optional[str]) -> str:
     )
 
 
-def load_config(given: Optional[str], warn: Callable[[str], None] = say) -> Config:
+def load_config(option: Optional[str], warn: Callable[[str], None] = say) -> Config:
     """Find, fetch, parse and check the configuration; its file's directory begins its paths."""
-    path = find_config(given)
+    path = find_config(option)
     printed = without_credentials(path)
     web = path.startswith(("http://", "https://"))
     extension = os.path.splitext(path.partition("?")[0] if web else path)[1]
@@ -6611,8 +6617,8 @@ def cmd_status(host: Host, args: "Namespace") -> None:
             else {"error": c}
             for name, c in certificates.items()
         }
-        shown = {"master": encode(state), "certificates": plain, "proxy": {"due": due}}
-        emit(json.dumps(shown, indent=2) + "\n")
+        report = {"master": encode(state), "certificates": plain, "proxy": {"due": due}}
+        emit(json.dumps(report, indent=2) + "\n")
         return
     runs = {
         name: listening(deploy.port) for name, deploy in state.deploys.items() if deploy.has_port
