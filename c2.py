@@ -2040,9 +2040,9 @@ def nginx_context(
     }
     if pairs:
         probed = health.endpoint if health else None
-        own["unknownTls"] = pairs.get(probed) or next(iter(pairs.values()))
+        own["unknownTls"] = pairs.get(probed or "") or next(iter(pairs.values()))
     for name, end_point in sorted(mode.end_points.items()):
-        entry = {"label": name, "serverNames": " ".join(end_point.server_names)}
+        entry = {"label": name, "serverNames": " ".join(end_point.server_names)}  # type: dict
         if port_of(state, name):
             entry["port"] = port_of(state, name)
         if end_point.certificate:
@@ -2095,7 +2095,7 @@ def compose_file(config: Config) -> str:
     def mount(source: str, target: str, read_only: bool = True) -> dict:
         return {"type": "bind", "source": source, "target": target, "read_only": read_only}
 
-    services = {}
+    services = {}  # type: Dict[str, dict]
     mounts = [mount(f"./{name}", f"/etc/nginx/c2/{name}") for name in PROXY_DIRS]
     for path in certificate_mounts(config):
         mounts.append(mount(path, path))
@@ -3993,7 +3993,7 @@ class Certificate(NamedTuple):
             or "*." + host.partition(".")[2] in self.names
         )
 
-    def problem(self, hosts: List[str], now: float) -> str:
+    def problem(self, hosts: Sequence[str], now: float) -> str:
         """Tell why it can't serve these hosts, as the end of a sentence; "" when it can."""
         others = [host for host in hosts if not self.covers(host)]
         if others:
@@ -4045,7 +4045,9 @@ def key_problem(pair: List[str], key: str) -> str:
     import ssl
 
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(*pair, password=lambda: b"")
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
+            pair[0], pair[1], password=lambda: b""
+        )
     except ssl.SSLError as e:
         reason = e.reason or ""
         if re.search("SMALL|WEAK", reason):
@@ -4410,7 +4412,7 @@ def read_links(config: Config) -> Dict[str, Optional[str]]:
     return {name: read_link(os.path.join(live, name)) for name in list_dir(live) if name[-1] != "~"}
 
 
-def set_links(config: Config, table: Dict[str, str]) -> None:
+def set_links(config: Config, table: Mapping[str, Optional[str]]) -> None:
     """Point the links in live/ where `table` says, and remove others.
 
     This is the switch: each rename takes effect at nginx's next request.
