@@ -1985,9 +1985,7 @@ def port_of(state: State, end_point: str) -> Optional[int]:
 
 
 def health_end_point(config: Config, state: State) -> Optional[str]:
-    """The endpoint whose deploy answers the health check: the configured one, else the first
-    connected.
-    """
+    """Choose the endpoint for the health check: the configured, else the first connected."""
     named = config.health_check and config.health_check.endpoint
     connected = sorted(e for e in state.connections if e in config.end_points)
     if named:
@@ -1996,7 +1994,7 @@ def health_end_point(config: Config, state: State) -> Optional[str]:
 
 
 def routes(config: Config, state: State) -> Dict[str, str]:
-    """The links that `live/` holds for this state: name -> target."""
+    """List the links that `live/` holds for this state: name -> target."""
     table = {e: port_of(state, e) for e in config.end_points}
     health = health_end_point(config, state)
     table[".health-check"] = table.get(health) if health else None
@@ -2006,11 +2004,10 @@ def routes(config: Config, state: State) -> Dict[str, str]:
 def nginx_context(
     config: Config, state: State, certificates: Dict[str, list], http2: str = ""
 ) -> dict:
-    """Give what the nginx template is expanded with: camus2's context, absent keys for nulls, and
-    c2's own under `c2`.
+    """Give what the nginx template is expanded with: camus2's context, and c2's own as `c2`.
 
-    certificates: ENDPOINT -> (certificate, key), paths in the container, for the https endpoints
-    that have one; http2: one of HTTP2_FORMS.
+    A null of camus2's is an absent key. certificates: ENDPOINT -> (certificate, key), paths in the
+    container, for the https endpoints that have one; http2: one of HTTP2_FORMS.
     """
     mode, health = config.proxy, config.health_check
     ports = mode.dynamic_port_range
@@ -2051,15 +2048,31 @@ def nginx_context(
     return context
 
 
-def nginx_image(config: Config) -> str:
-    return f"{config.nginx_docker_image}:{config.nginx_docker_version}"
-
-
 def proxy_project(container: str) -> str:
     """Name the compose project of the proxy's container."""
     if container == ProxyMode._field_defaults["container_name"]:
         return "frontend-proxy"
     return compose_project(container)
+
+
+def letsencrypt_dirs(config: Config) -> List[str]:
+    """List certbot's directories on this host: of its configuration, and of its work."""
+    return [
+        os.path.join(config.letsencrypt_prefix_dir, path)
+        for path in ("etc/letsencrypt", "var/lib/letsencrypt")
+    ]
+
+
+def generated_names(config: Config) -> List[str]:
+    """List the host names of the generated certificate, each once."""
+    return list(
+        dict.fromkeys(
+            host.lower()
+            for _, e in sorted(config.end_points.items())
+            if e.certificate and e.certificate.generated
+            for host in e.server_names
+        )
+    )
 
 
 def certificate_mounts(config: Config) -> List[str]:
@@ -2087,7 +2100,7 @@ def container_settings(config: Config) -> Dict[str, list]:
 
 
 def compose_file(config: Config) -> str:
-    """docker-compose.yml of the proxy, as JSON, which compose reads: no quoting to get wrong.
+    """Write the proxy's docker-compose.yml, as JSON, which compose reads: no quoting to get wrong.
 
     It depends on nothing that changes in daily work: recreating the container is an outage.
     """
@@ -2113,7 +2126,7 @@ def compose_file(config: Config) -> str:
         }
     services["nginx"] = {
         "container_name": config.proxy.container_name,
-        "image": nginx_image(config),
+        "image": f"{config.nginx_docker_image}:{config.nginx_docker_version}",
         "network_mode": "host",
         "restart": "always",
         "command": ["sh", "-c", NGINX_START],
@@ -2145,8 +2158,9 @@ def keep_container(created_from: str, file: str) -> str:
 
 
 def is_reconfigured(created_from: Optional[str], file: str) -> bool:
-    """Tell whether the configuration itself asks for another container than the one that was
-    created: where a default was used, and is used, no change of it does.
+    """Tell whether the configuration itself asks for another container than the one created.
+
+    Where a default was used, and is used, its change does not.
     """
     service = nginx_service(created_from)
     if not service:
@@ -2177,33 +2191,13 @@ def due_changes(created_from: Optional[str], file: str) -> List[str]:
 
 
 def ports_context(port: int, ports: PortRange) -> Dict[str, int]:
-    """`ports` in a template's context; camus2's extra ones where they are ports at all."""
+    """Give `ports` of a template's context; camus2's extra ones where they are ports at all."""
     extra = {f"extra{n}": port + n * (ports.v2 - ports.v1) for n in range(1, 5)}
     return dict({"http": port}, **{name: p for name, p in extra.items() if p <= 65535})
 
 
-def letsencrypt_dirs(config: Config) -> List[str]:
-    """certbot's directories on this host: of its configuration, and of its work."""
-    return [
-        os.path.join(config.letsencrypt_prefix_dir, path)
-        for path in ("etc/letsencrypt", "var/lib/letsencrypt")
-    ]
-
-
-def generated_names(config: Config) -> List[str]:
-    """The host names of the generated certificate, each once."""
-    return list(
-        dict.fromkeys(
-            host.lower()
-            for _, e in sorted(config.end_points.items())
-            if e.certificate and e.certificate.generated
-            for host in e.server_names
-        )
-    )
-
-
 def check_generated(config: Config) -> None:
-    """Refused, with the reason, unless this configuration has a certificate to generate."""
+    """Refuse, with the reason, unless this configuration has a certificate to generate."""
     names = generated_names(config)
     odd = [n for n in names if not re.fullmatch(r"([a-z0-9]([a-z0-9-]*[a-z0-9])?\.)+[a-z0-9-]+", n)]
     for wrong, reason in (
@@ -2229,9 +2223,7 @@ def check_generated(config: Config) -> None:
 
 
 def certbot_args(config: Config, renew: bool = False) -> List[str]:
-    """What certbot is run with; it renews when due, or when the names differ from the
-    certificate's. renew: in any case.
-    """
+    """Give certbot's arguments; it renews when due or the names differ. renew: in any case."""
     server = ["--server", config.acme_server] if config.acme_server else []
     domains = [arg for name in generated_names(config) for arg in ("--domain", name)]
     return [
@@ -2252,8 +2244,9 @@ def certbot_args(config: Config, renew: bool = False) -> List[str]:
 
 
 def certbot_reason(output: str) -> str:
-    """Why certbot failed, in its own words: what it says of the challenges, else its error, on one
-    line; "" for nothing.
+    """Find why certbot failed, in its own words on one line; "" for nothing.
+
+    That is what it says of the challenges, else its error.
     """
     refused = re.findall(
         r"^ *(?:Domain|Identifier): *(.+)\n *Type: *(.+)\n *Detail: *(.+)", output, re.M
@@ -2261,10 +2254,10 @@ def certbot_reason(output: str) -> str:
     if refused:
         return "; ".join(f"{name}: {kind}: {detail.strip()}" for name, kind, detail in refused)
     chatter = r" (Container|Image) |Saving debug log|Ask for help|- - -"
-    said = output.rpartition("An unexpected error occurred:\n")[2].splitlines()
-    lines = [line.strip() for line in said if line.strip() and not re.match(chatter, line)]
-    words = " ".join(dict.fromkeys(lines[-4:]))
-    return words if len(words) <= 500 else words[:250] + " ... " + words[-250:]
+    error = output.rpartition("An unexpected error occurred:\n")[2].splitlines()
+    lines = [line.strip() for line in error if line.strip() and not re.match(chatter, line)]
+    reason = " ".join(dict.fromkeys(lines[-4:]))
+    return reason if len(reason) <= 500 else reason[:250] + " ... " + reason[-250:]
 
 
 def status_text(
@@ -2316,8 +2309,9 @@ def tail(output: str, lines: int = OUTPUT_LINES) -> str:
 
 
 def secret_values(value: Any, secret: bool = False) -> List[str]:
-    """Texts in a config source that no log may show: all of a secret one, else what its key calls
-    secret.
+    """List the texts of a config source that no log may show.
+
+    All are of one that is secret; else those that their keys call so.
     """
     if isinstance(value, dict):
         pattern = "pass|secret|token|credential|private|api_?key"
@@ -2817,17 +2811,18 @@ def uninterruptible() -> Any:
         os.kill(os.getpid(), signum)
 
 
+Undos = List[Callable[[], Any]]
+
+
 @contextlib.contextmanager
-def undo_on_failure() -> Any:
-    """Collect what takes back what has been done; when the body fails these are called, last
-    first.
-    """
-    undo = []  # type: List[Callable[[], Any]]
+def undo_on_failure() -> Iterator[Undos]:
+    """Collect what takes back what was done; when the body fails all are called, last first."""
+    undos = []  # type: Undos
     try:
-        yield undo
+        yield undos
     except BaseException:
         with uninterruptible():
-            for take_back in reversed(undo):
+            for take_back in reversed(undos):
                 try:
                     take_back()
                 except (C2Error, OSError) as e:
@@ -4039,8 +4034,9 @@ def read_certificate(path: str, source: str = "") -> Certificate:
 
 
 def key_problem(pair: List[str], key: str) -> str:
-    """Tell why a certificate can't be used with its key, as the end of a sentence that names the
-    `key`; "" when it can.
+    """Tell why a certificate can't be used with its key; "" when it can.
+
+    It is the end of a sentence, which names the `key`.
     """
     import ssl
 
@@ -4061,10 +4057,10 @@ def key_problem(pair: List[str], key: str) -> str:
 def copy_certificate(
     config: Config, name: str, sources: List[str], generated: bool
 ) -> Optional[List[str]]:
-    """Copy an endpoint's certificate and key to `certs/`, and check them there, where nobody
-    changes them; C2Error for what can't serve. None for a generated one that is for other hosts.
+    """Copy an endpoint's certificate and key to `certs/`, and check them there.
 
-    The names of the copies change with the content. So does the configuration, and nginx takes a
+    C2Error for what can't serve; None for a generated one that is for other hosts. Nobody changes
+    the copies, whose names change with the content. So does the configuration, and nginx takes a
     certificate as it takes anything else; until then it has what it had.
     """
     import hashlib
@@ -4074,10 +4070,10 @@ def copy_certificate(
     digest = hashlib.sha256(b"".join(content)).hexdigest()[:16]
     files = [f"{name}-{digest}.crt", f"{name}-{digest}.key"]
     copies = [config.proxy_path("certs", file) for file in files]
-    with undo_on_failure() as undo:
+    with undo_on_failure() as undos:
         for path, pem in zip(copies, content):
             if not os.path.exists(path):
-                undo.append(lambda path=path: remove(path))
+                undos.append(lambda path=path: remove(path))
                 replace_file(path, pem, 0o600)
         certificate = read_certificate(copies[0], sources[0])
         if generated:  # hosts added since wait for the next one
@@ -4275,8 +4271,9 @@ def compose(config: Config, container: str, *args: str, **options: Any) -> str:
 
 
 def active_compose_file(config: Config) -> Optional[str]:
-    """Read the compose file that the proxy's container was created from: while that changes, the
-    one before.
+    """Read the compose file that the proxy's container was created from.
+
+    While it is made anew, that is the one before.
     """
     before = read_file(config.proxy_path("docker-compose.before.yml"))
     return read_file(config.proxy_path("docker-compose.yml")) if before is None else before
@@ -4315,8 +4312,9 @@ def inspect_proxy(config: Config, name: str) -> Container:
 
 
 def proxy_death(restarts: Optional[int], found: Container) -> str:
-    """How the proxy has died since it ran with so many `restarts` (None: it has not been seen);
-    "" if it has not.
+    """Tell how the proxy has died since it ran with so many `restarts`; "" if it has not.
+
+    None: it has not been seen.
     """
     if restarts is None or found.running and found.restarts <= restarts:
         return ""
@@ -4343,27 +4341,10 @@ def proxy_workers(container: str) -> Dict[str, bool]:
     }
 
 
-def reload_proxy(container: str) -> None:
-    """Make nginx read its configuration; C2Error when it has not taken it."""
-    before = set(proxy_workers(container))
-    run(["docker", "kill", "-s", "HUP", container])
-    await_workers(container, before, "nginx has not taken its new configuration")
-
-
-def await_workers(container: str, before: set, problem: str) -> None:
-    """Wait until workers serve that are not of `before`, and they alone; C2Error with `problem` and
-    nginx's words.
-
-    The exit codes of `docker compose up`, `docker kill` and `nginx -s reload` say nothing of that:
-    nginx may have kept its old configuration, still try to get a port, or begin and die again and
-    again.
-    """
-    for _ in attempts(RELOAD_TIMEOUT_SECS):
-        with contextlib.suppress(CommandFailed):
-            active = {pid for pid, leaving in proxy_workers(container).items() if not leaving}
-            if active and not active & before:
-                return
-    raise C2Error(f"{problem}: {recent_nginx_errors(container)}")
+def nginx_errors(output: str) -> str:
+    """Find why nginx does not take a configuration, or can't run, in its words on one line."""
+    errors = re.findall(r"\[emerg\] (?:\d+#\d+: )?(.+)", output)
+    return "; ".join(list(dict.fromkeys(errors))[-3:])
 
 
 def recent_nginx_errors(container: str) -> str:
@@ -4375,12 +4356,26 @@ def recent_nginx_errors(container: str) -> str:
     return nginx_errors(log) or f"it logged no error; look at docker logs {container}"
 
 
-def nginx_errors(output: str) -> str:
-    """Find why nginx does not take a configuration, or can't run, in its words: each once, on one
-    line.
+def await_workers(container: str, before: set, problem: str) -> None:
+    """Wait until workers serve that are not of `before`, and they alone.
+
+    C2Error with `problem` and nginx's words. The exit codes of `docker compose up`, `docker kill`
+    and `nginx -s reload` say nothing of that: nginx may have kept its old configuration, still try
+    to get a port, or begin and die again and again.
     """
-    errors = re.findall(r"\[emerg\] (?:\d+#\d+: )?(.+)", output)
-    return "; ".join(list(dict.fromkeys(errors))[-3:])
+    for _ in attempts(RELOAD_TIMEOUT_SECS):
+        with contextlib.suppress(CommandFailed):
+            active = {pid for pid, leaving in proxy_workers(container).items() if not leaving}
+            if active and not active & before:
+                return
+    raise C2Error(f"{problem}: {recent_nginx_errors(container)}")
+
+
+def reload_proxy(container: str) -> None:
+    """Make nginx read its configuration; C2Error when it has not taken it."""
+    before = set(proxy_workers(container))
+    run(["docker", "kill", "-s", "HUP", container])
+    await_workers(container, before, "nginx has not taken its new configuration")
 
 
 def render_nginx(config: Config, context: dict) -> str:
@@ -4407,7 +4402,7 @@ def make_proxy_dirs(config: Config, state: State) -> None:
 
 
 def read_links(config: Config) -> Dict[str, Optional[str]]:
-    """The links in live/: name -> target."""
+    """Read the links in live/: name -> target."""
     live = config.proxy_path("live")
     return {name: read_link(os.path.join(live, name)) for name in list_dir(live) if name[-1] != "~"}
 
@@ -4429,9 +4424,10 @@ def restore_links(config: Config) -> None:
         set_links(config, routes(config, load_state(config)))
 
 
-def verify(host: Host, state: State, container: str, conf: str) -> None:
-    """Ask nginx which port each endpoint has; C2Error when it is wrong, or nginx does not run any
-    more.
+def verify_routes(host: Host, state: State, container: str, conf: str) -> None:
+    """Ask nginx which port each endpoint has.
+
+    C2Error when it is wrong, or nginx does not run any more.
     """
     config = host.config
     port = config.proxy.http_port
@@ -4467,16 +4463,19 @@ def verify(host: Host, state: State, container: str, conf: str) -> None:
         )
 
 
-def write_compose_file(config: Config, created_from: Optional[str], file: str, undo: list) -> None:
-    """Write the compose file; the one that the container was created from is kept beside it until
-    the container has been made anew.
+def write_compose_file(
+    config: Config, created_from: Optional[str], file: str, undos: Undos
+) -> None:
+    """Write the compose file.
+
+    The one that the container was created from is kept beside it until it has been made anew.
     """
     path = config.proxy_path("docker-compose.yml")
     before = config.proxy_path("docker-compose.before.yml")
     if file == created_from == read_file(path):
         return
-    undo.append(lambda: remove(before))
-    undo.append(lambda: restore_file(path, created_from))
+    undos.append(lambda: remove(before))
+    undos.append(lambda: restore_file(path, created_from))
     if created_from is not None:
         replace_file(before, created_from)
     replace_file(path, file)
@@ -4507,18 +4506,16 @@ def test_nginx_conf(config: Config, container: str, running: bool, conf: str) ->
 
 
 def find_nginx_conf(
-    config: Config, state: State, certificates: Dict[str, list], change: ProxyChange
+    config: Config, state: State, certificates: Dict[str, list], decided: ProxyChange
 ) -> Tuple[dict, str]:
-    """Render nginx's configuration in the first form of HTTP/2 that it takes; gives the context,
-    too.
-    """
-    running = not change.bring_up
+    """Render nginx's configuration in the first form of HTTP/2 that it takes; with context."""
+    running = not decided.bring_up
     known = http2_form(last_context(config)) if running else HTTP2_FORMS[0]
     for form in HTTP2_FORMS[HTTP2_FORMS.index(known) :]:
         context = nginx_context(config, state, certificates, form)
         conf = render_nginx(config, context)
         try:
-            test_nginx_conf(config, change.container, running, conf)
+            test_nginx_conf(config, decided.container, running, conf)
             break
         except C2Error as e:
             if '"http2"' not in str(e) or form == HTTP2_FORMS[-1]:
@@ -4526,35 +4523,33 @@ def find_nginx_conf(
     return context, conf
 
 
-def install_nginx_conf(config: Config, change: ProxyChange, conf: str, undo: list) -> None:
+def install_nginx_conf(config: Config, decided: ProxyChange, conf: str, undos: Undos) -> None:
     """Put a configuration that has passed the test into its place."""
     path = config.proxy_path("conf", "nginx.conf")
     before = read_file(path)
 
     def take_back() -> None:
         restore_file(path, before)
-        if not change.bring_up:
-            run(["docker", "kill", "-s", "HUP", change.container])
+        if not decided.bring_up:
+            run(["docker", "kill", "-s", "HUP", decided.container])
         remove(config.proxy_path("conf", "candidate.conf"))
 
-    undo.append(take_back)
+    undos.append(take_back)
     replace_file(path, conf)
 
 
-def bring_up(host: Host, former: Container, name: str, undo: list) -> None:
-    """Create or start the proxy's container, in place of the `former` one if that had another
-    name.
-    """
+def start_container(host: Host, former: Container, name: str, undos: Undos) -> None:
+    """Create or start the proxy's container, in place of a `former` one of another name."""
     config = host.config
     host.log.info("proxy", "bringing the proxy up")
     exists = bool(former.directory)
     if exists and former.name != name:
         # First of all, so that it is last: when the files are those of before again.
-        undo.insert(0, lambda: compose(config, former.name, "up", "-d", "nginx"))
+        undos.insert(0, lambda: compose(config, former.name, "up", "-d", "nginx"))
         compose(config, former.name, "down")
         exists = False
     if not exists:
-        undo.append(lambda: compose(config, name, "down"))
+        undos.append(lambda: compose(config, name, "down"))
     compose(config, name, "up", "-d", "nginx")
     await_workers(name, set(), "the proxy does not run")
 
@@ -4580,38 +4575,39 @@ def proxy_facts(host: Host, state: State) -> ProxyFacts:
 
 
 def apply_proxy_change(
-    host: Host, state: State, facts: ProxyFacts, change: ProxyChange, check: Callable[[], None]
+    host: Host, state: State, facts: ProxyFacts, decided: ProxyChange, check: Callable[[], None]
 ) -> dict:
-    """Do what was decided; C2Error, and all as before, when it can't be done. Gives the context of
-    the configuration that nginx has then.
+    """Do what was decided; C2Error, and all as before, when it can't be done.
+
+    Gives the context of the configuration that nginx has then.
     """
     config = host.config
     context, conf = facts.context, facts.rendered
     certificates = served_certificates(context)
-    if change.claim_ports:
+    if decided.claim_ports:
         require_free_ports(config, bool(certificates))
-    if change.recreate:
-        changes = due_changes(facts.created_from, change.compose_file)
+    if decided.recreate:
+        changes = due_changes(facts.created_from, decided.compose_file)
         host.log.warn(
             "proxy",
             "the proxy's container is made anew, which refuses connections for a few seconds: "
             + "; ".join(changes),
         )
-    with undo_on_failure() as undo:
-        write_compose_file(config, facts.created_from, change.compose_file, undo)
-        if change.test:
-            context, conf = find_nginx_conf(config, state, certificates, change)
-            install_nginx_conf(config, change, conf, undo)
+    with undo_on_failure() as undos:
+        write_compose_file(config, facts.created_from, decided.compose_file, undos)
+        if decided.test:
+            context, conf = find_nginx_conf(config, state, certificates, decided)
+            install_nginx_conf(config, decided, conf, undos)
         links = read_links(config)
-        undo.append(lambda: set_links(config, links))
+        undos.append(lambda: set_links(config, links))
         set_links(config, routes(config, state))
-        if change.bring_up:
-            bring_up(host, facts.container, change.container, undo)
-        if change.reload:
-            reload_proxy(change.container)
+        if decided.bring_up:
+            start_container(host, facts.container, decided.container, undos)
+        if decided.reload:
+            reload_proxy(decided.container)
             host.log.info("reload", "nginx serves its new configuration")
-        if change.verify:
-            verify(host, state, change.container, conf)
+        if decided.verify:
+            verify_routes(host, state, decided.container, conf)
             check()
     return context
 
@@ -4630,8 +4626,8 @@ def route(
     """
     config = host.config
     facts = proxy_facts(host, state)
-    change = proxy_change(facts, start, renew)
-    context = apply_proxy_change(host, state, facts, change, check)
+    decided = proxy_change(facts, start, renew)
+    context = apply_proxy_change(host, state, facts, decided, check)
     remove(config.proxy_path("conf", "candidate.conf"))
     remove(config.proxy_path("docker-compose.before.yml"))
     replace_file(config.proxy_path("nginx.ctx.json"), json.dumps(context, indent=2) + "\n")
@@ -4701,9 +4697,7 @@ def is_whole(config: Config) -> bool:
 
 
 def move_torn_away(host: Host) -> None:
-    """Move a half made certificate away: certbot would make another beside it, and one more each
-    time.
-    """
+    """Move a half made certificate away: certbot would make another beside it, each time anew."""
     config = host.config
     paths = [path for path in certbot_paths(config) if os.path.lexists(path)]
     if not paths or is_whole(config):
@@ -4729,8 +4723,9 @@ def close_keys(config: Config) -> None:
 
 
 def is_of_another_authority(record: str, wanted: Optional[str]) -> bool:
-    """Tell by certbot's record whether the certificate is of another authority than the wanted one;
-    then it is not kept until it is due, least of all one that was for trying out.
+    """Tell by certbot's record whether the certificate is of another authority than the wanted one.
+
+    Then it is not kept until it is due, least of all one that was for trying out.
     """
     server = "".join(re.findall(r"^server = (.+)$", record, re.M))
     if not wanted:
@@ -4785,9 +4780,7 @@ def presented(port: int, name: str) -> Optional[bytes]:
 
 
 def check_presented(config: Config, chain: str, names: List[str]) -> None:
-    """Raise unless the proxy presents the first certificate of `chain` (PEM) for each of these
-    names.
-    """
+    """Raise unless the proxy presents the first certificate of `chain` (PEM) for each name."""
     import ssl
 
     leaf = re.search("-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", chain, re.S)
@@ -4804,8 +4797,9 @@ def check_presented(config: Config, chain: str, names: List[str]) -> None:
 
 
 def generate_certificate(host: Host, state: State) -> None:
-    """Have certbot obtain or renew the certificate, and the proxy serve it; what it serves stays
-    when a step fails.
+    """Have certbot obtain or renew the certificate, and the proxy serve it.
+
+    What it serves stays when a step fails.
     """
     config, names = host.config, generated_names(host.config)
     chain = generated_files(config)[0]
