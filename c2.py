@@ -1278,6 +1278,18 @@ def render_template(
     return "".join(output)
 
 
+def check_template(template: str, partials: Mapping[str, str], name: str) -> None:
+    """Raise TemplateError unless the template and all partials that it names can be parsed."""
+    names = set()
+    nodes = _parse_template(template, name)
+    while nodes:
+        node = nodes.pop()
+        nodes += node.body or ()
+        if node.kind == ">" and node.text not in names:
+            names.add(node.text)
+            nodes += _parse_partial(node, partials, {})
+
+
 # --------------------------------------------------------------------------------------------------
 # State, rules and planner: what runs, what may be done, and the actions that lead from one state to
 # another
@@ -3483,7 +3495,7 @@ def http_exists(url: str) -> bool:
 def release_store(config: Config) -> Store:
     """Return the store that the configuration names."""
     kind, base = config.releases
-    names, exists = {
+    list_names, exists = {
         "localdir": (local_names, os.path.isfile),
         "s3": (s3_names, s3_exists),
         "http": (http_names, http_exists),
@@ -3496,9 +3508,14 @@ def release_store(config: Config) -> Store:
             name = quote(name)
         return Variant(kind, base.rstrip("/") + "/" + name)
 
+    def names() -> List[str]:
+        listed = list_names(base)
+        beside = {name + end for name in listed for end in (".sha256", ".sig")}
+        return [name for name in listed if name not in beside]
+
     return Store(
         without_credentials(base),
-        lambda: names(base),
+        names,
         lambda name: exists(source(name).value),
         lambda name, to: fetch(source(name), to),
     )
@@ -3793,7 +3810,7 @@ def inner_path(directory: str, path: str, what: str) -> str:
     if not inside(full, directory):
         raise C2Error(f"{what}: {path} in release.json is not inside the release")
     if not os.path.isfile(full):
-        raise C2Error(f"{what}: release.json names {path}, which is not in the archive")
+        raise C2Error(f"{what}: release.json names {path}, which is not in the release")
     return full
 
 
@@ -3816,6 +3833,32 @@ def expand_file(
     write(to, text, os.stat(template).st_mode & 0o755)
 
 
+def read_contents(
+    directory: str, what: str, warn: Callable[[str], None]
+) -> Tuple[Release, Dict[str, Any], Dict[str, str]]:
+    """Return the release of a directory, the values of its config sources, where its templates are.
+
+    Raises C2Error for what is missing, leads out or can't be read; `what` names the release.
+    """
+    if not os.path.exists(os.path.join(directory, "release.json")):
+        hint = "; it says which commands start and stop the release"
+        for top in os.listdir(directory):
+            if os.path.exists(os.path.join(directory, top, "release.json")):
+                hint = f", but one in the folder {top}; pack what is in that folder, not the folder"
+        raise C2Error(f"{what} has no release.json at its root{hint}")
+    release = read_release(directory, warn)
+    sources = {}
+    for key, path in release.config_sources.items():
+        sources[key] = load_json(inner_path(directory, path, what), f"{what}: configSources.{key}")
+    templates = {path: inner_path(directory, path, what) for path in release.templates}
+    for path in templates:
+        if not os.path.splitext(path)[1]:
+            raise C2Error(
+                f"{what}: the template {path} has no extension to take off; call it {path}.tpl"
+            )
+    return release, sources, templates
+
+
 def prepare_release(host: Host, name: str, directory: str, context: Dict[str, Any]) -> Release:
     """Download a release, unpack it into the new `directory`, expand its templates, run nothing."""
     store = release_store(host.config)
@@ -3834,26 +3877,94 @@ def prepare_release(host: Host, name: str, directory: str, context: Dict[str, An
         raise
     finally:
         remove(archive)
-    if not os.path.exists(os.path.join(directory, "release.json")):
-        hint = "; it says which commands start and stop the release"
-        for top in os.listdir(directory):
-            if os.path.exists(os.path.join(directory, top, "release.json")):
-                hint = f", but one in the folder {top}; pack what is in that folder, not the folder"
-        raise C2Error(f"{what} has no release.json at its root{hint}")
-    release = read_release(directory, warn)
-    sources = {}
-    for key, path in release.config_sources.items():
-        sources[key] = load_json(inner_path(directory, path, what), f"{what}: configSources.{key}")
-    for path in release.templates:
-        template = inner_path(directory, path, what)
-        to = os.path.splitext(template)[0]
-        if to == template:
-            raise C2Error(
-                f"{what}: the template {path} has no extension to take off; call it {path}.tpl"
-            )
-        expand_file(template, to, {**sources, **context}, warn, path)
+    release, sources, templates = read_contents(directory, what, warn)
+    for path, template in templates.items():
+        expand_file(template, os.path.splitext(template)[0], {**sources, **context}, warn, path)
     sync_file_system(directory)
     return release
+
+
+def files_to_pack(directory: str) -> List[Any]:
+    """List what an archive has of a directory, all but .git: in order, of one time, by mode."""
+    import stat
+    import zipfile
+
+    infos = []
+    pending = [""]
+    while pending:
+        above = pending.pop()
+        for name in os.listdir(os.path.join(directory, above)):
+            path = os.path.join(above, name)
+            found = os.lstat(os.path.join(directory, path))
+            folder = stat.S_ISDIR(found.st_mode)
+            if name == ".git":
+                continue
+            if folder:
+                pending.append(path)
+            try:
+                path.encode()
+            except UnicodeEncodeError:
+                raise C2Error(
+                    f"{directory}: the name of {path!r} is not UTF-8; rename it"
+                ) from None
+            info = zipfile.ZipInfo(path + "/" * folder)
+            mode = 0o755 if folder or found.st_mode & 0o100 else 0o644
+            info.create_system = 3  # Unix
+            info.external_attr = (stat.S_IFMT(found.st_mode) | mode) << 16
+            info.file_size = found.st_size
+            infos.append(info)
+    return sorted(infos, key=lambda info: info.filename)
+
+
+def check_packable(directory: str, warn: Callable[[str], None]) -> List[Member]:
+    """Check the release in a directory as `start` would; return what an archive of it has."""
+    members = archive_members(files_to_pack(directory), directory)
+    for member in members:
+        if member.kind == "link":
+            check_link(member.name, os.readlink(os.path.join(directory, member.name)), directory)
+    _, _, templates = read_contents(directory, directory, warn)
+    for path, template in templates.items():
+        check_template(read_file(template) or "", Partials(os.path.dirname(template)), path)
+    return members
+
+
+def write_archive(directory: str, members: List[Member], path: str) -> None:
+    """Write members, from a directory, into a new zip archive."""
+    import shutil
+    import zipfile
+
+    with with_path(path), zipfile.ZipFile(path, "x", zipfile.ZIP_DEFLATED) as archive:
+        for member in members:
+            source = os.path.join(directory, member.name)
+            if member.kind == "dir":
+                archive.writestr(member.info, b"")
+            elif member.kind == "link":
+                archive.writestr(member.info, os.fsencode(os.readlink(source)))
+            else:
+                member.info.compress_type = zipfile.ZIP_DEFLATED
+                with open(source, "rb") as f, archive.open(member.info, "w") as to:
+                    shutil.copyfileobj(f, to, 1 << 20)
+
+
+def pack_release(directory: str, members: List[Member], archive: str) -> str:
+    """Write a release archive whole or not at all, and ARCHIVE.sha256; return the checksum."""
+    import hashlib
+
+    part = temp_name(archive)
+    digest = hashlib.sha256()
+    try:
+        write_archive(directory, members, part)
+        with open(part, "rb") as f:
+            for chunk in iter(lambda: f.read(1 << 20), b""):
+                digest.update(chunk)
+            os.fsync(f.fileno())
+        remove(archive + ".sha256")  # first: it must not stand beside another archive
+        os.replace(part, archive)
+    finally:
+        remove(part)
+    line = f"{digest.hexdigest()}  {os.path.basename(archive)}\n"
+    replace_file(archive + ".sha256", line)
+    return digest.hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -6785,6 +6896,44 @@ def cmd_unpack(host: Host, args: "Namespace") -> None:
 
 
 @subcommand(
+    "check a release in a directory, and make its archive and ARCHIVE.sha256",
+    "c2 pack web-1.4",
+    argument("dir", metavar="DIR", help="has release.json; all in it is packed, but .git"),
+    argument(
+        "archive",
+        metavar="ARCHIVE",
+        nargs="?",
+        help="outside of DIR (default: DIR's name and .zip, in the current directory)",
+    ),
+    argument("--check", action="store_true", help="only check"),
+    host=False,
+)
+def cmd_pack(host: None, args: "Namespace") -> None:
+    """Make a release archive: the same content gives the same bytes."""
+    directory = os.path.abspath(args.dir)
+    archive = args.archive or os.path.basename(directory) + ".zip"
+    decode(ReleaseName, os.path.basename(archive), Location("ARCHIVE"))
+    if inside(archive, directory) and not args.check:
+        raise C2Error(
+            f"{archive} would lie in {args.dir}, and the next archive contain it; "
+            f"give another place: c2 pack {args.dir} ARCHIVE"
+        )
+
+    def warn(message: str) -> None:
+        say(f"warning: {args.dir}: {message}")
+
+    members = check_packable(args.dir, warn)
+    count = sum(member.kind != "dir" for member in members)
+    files = f"{count} file" + "s" * (count != 1)
+    if args.check:
+        say(f"{args.dir} is a sound release: {files}")
+    else:
+        checksum = pack_release(args.dir, members, archive)
+        size = os.path.getsize(archive)
+        say(f"packed {files} into {archive}: {size:,} bytes, sha256 {checksum[:12]}…")
+
+
+@subcommand(
     "expand one template with the context",
     "c2 expand-template app.conf.tpl app.conf",
     argument("template", metavar="TEMPLATE"),
@@ -6867,7 +7016,7 @@ Each command has --help, with its options. All take --config PATH and --debug. E
 1 failed, and what was changed was put back or is named; 2 wrong usage or configuration; 3 refused
 by a rule (connected, not running, not ready, locked); 130 and 143 after Ctrl-C and SIGTERM.
 
-A release is a zip archive with release.json at its root:
+A release is a zip archive, made by c2 pack, with release.json at its root:
   {"prestartCommand": "", "startCommand": "docker compose up -d",
    "stopCommand": "docker compose down", "templates": ["docker-compose.yml.tpl"]}
 Each template x.tpl is expanded with mustache to x: {{ports.http}} is the deploy's port,

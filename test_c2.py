@@ -3601,7 +3601,7 @@ class Releases(Sandbox):
 
     def test_bad_releases(self):
         for words, files, keys in [
-            ("names none.tpl, which is not in the archive", None, {"templates": ["none.tpl"]}),
+            ("names none.tpl, which is not in the release", None, {"templates": ["none.tpl"]}),
             ("../../../etc/passwd.*not inside", None, {"templates": ["../../../etc/passwd"]}),
             ("/etc/passwd.*not inside", None, {"templates": ["/etc/passwd"]}),
             ("no extension to take off", {"plain": ""}, {"templates": ["plain"]}),
@@ -3739,6 +3739,201 @@ class Releases(Sandbox):
         self.c2("unpack", "z.zip", "out")
         self.assertEqual(os.stat(self.path("out", "bin", "run.sh")).st_mode & 0o777, 0o755)
         self.assertEqual(os.readlink(self.path("out", "bin", "link")), "run.sh")
+
+
+class Packing(Sandbox):
+    """`pack`: from a directory to an archive, which unpacks to the same; without a configuration."""
+
+    def listing(self, directory):
+        """What lies in a directory: NAME -> its kind and mode, and its content or target."""
+        listed = {}
+        for root, dirs, files in os.walk(directory):
+            for name in dirs + files:
+                path = os.path.join(root, name)
+                mode = os.lstat(path).st_mode
+                content = ""
+                if stat.S_ISLNK(mode):
+                    mode, content = 0, os.readlink(path)
+                elif stat.S_ISREG(mode):
+                    with open(path, "rb") as f:
+                        content = f.read()
+                listed[os.path.relpath(path, directory)] = (mode, content)
+        return listed
+
+    def web(self):
+        self.write("web-1/release.json", {"startCommand": "./run", "templates": ["conf/a.tpl"]})
+        self.write("web-1/conf/a.tpl", "{{>part}}{{app.name}}")
+        self.write("web-1/conf/part", "{{#x}}{{>part}}{{/x}}")
+        self.write("web-1/run", "#!/bin/sh\n", 0o755)
+        self.write("web-1/caf\u00e9", "x" * 5000)
+        os.mkdir(self.path("web-1", "empty"))
+        os.symlink("../run", self.path("web-1", "conf", "link"))
+
+    def archive(self, name="web-1.zip"):
+        with open(self.path(name), "rb") as f:
+            return f.read()
+
+    def test_the_same_bytes_for_the_same_content(self):
+        self.web()
+        ran = self.c2("pack", "web-1/")
+        first = self.archive()
+        checksum = hashlib.sha256(first).hexdigest()
+        self.assertEqual(self.read("web-1.zip.sha256"), "%s  web-1.zip\n" % checksum)
+        subprocess.check_call(["sha256sum", "-c", "--quiet", "web-1.zip.sha256"], cwd=self.dir)
+        self.assertEqual(
+            (ran.out, ran.err),
+            (
+                "",
+                "c2: packed 6 files into web-1.zip: %s bytes, sha256 %s\u2026\n"
+                % (format(len(first), ","), checksum[:12]),
+            ),
+        )
+        shutil.move(self.path("web-1"), self.path("old"))
+        os.mkdir(self.path("web-1"), 0o700)
+        for name in sorted(os.listdir(self.path("old")), reverse=True):  # in another order
+            subprocess.check_call(["cp", "-r", self.path("old", name), self.path("web-1", name)])
+        self.write("web-1/.git/HEAD", "another commit")
+        self.write("web-1/conf/.git", "gitdir: elsewhere")
+        for path, mode in (("run", 0o700), ("conf/a.tpl", 0o4666), ("conf", 0o777)):
+            os.chmod(self.path("web-1", path), mode)
+        os.utime(self.path("web-1", "run"), (1e9, 1e9))
+        self.c2("pack", "web-1", "web-1.zip", umask=0o077)
+        self.assertEqual(self.archive(), first)
+        self.assertEqual(os.listdir(self.path("releases")), [])
+        self.write("web-1/run", "#!/bin/sh\n", 0o644)
+        self.c2("pack", "web-1")
+        self.assertNotEqual(self.archive(), first)
+
+    def test_what_unpacks(self):
+        """Whatever the tree, its archive unpacks to it."""
+        rnd = random.Random(SEED)
+        names = ["a", "b.tpl", "-x", "caf\u00e9", "*", "a b", "con:x", "\u2028", "new\nline", "#"]
+        end = time.monotonic() + SECONDS
+        count = 0
+        while count < 3 or time.monotonic() < end:
+            count += 1
+            with self.subTest(seed=SEED, count=count):
+                tree, out = self.path("tree"), self.path("out")
+                os.mkdir(tree)
+                self.write("tree/release.json", {})
+                for _ in range(rnd.randrange(12)):
+                    folders = [n for n, (m, _) in self.listing(tree).items() if stat.S_ISDIR(m)]
+                    folder = rnd.choice(folders + [""])
+                    path = os.path.join(tree, folder, rnd.choice(names))
+                    if os.path.lexists(path):
+                        continue
+                    kind = rnd.randrange(4)
+                    if kind == 0:
+                        os.mkdir(path)
+                    elif kind == 1:
+                        os.symlink(rnd.choice(["x", "../" * folder.count("/") + "a/b"]), path)
+                    else:
+                        with open(path, "wb") as f:
+                            f.write(bytes(rnd.getrandbits(8) for _ in range(rnd.randrange(99))))
+                        os.chmod(path, rnd.choice([0o644, 0o755]))
+                members = c2.check_packable(tree, self.fail)
+                c2.pack_release(tree, members, self.path("t.zip"))
+                c2.unpack_archive(self.path("t.zip"), out, "t.zip")
+                self.assertEqual(self.listing(out), self.listing(tree))
+                shutil.rmtree(tree)
+                shutil.rmtree(out)
+
+    def test_what_start_would_refuse(self):
+        self.web()
+        self.write("web-1.zip", "the one before")
+        before = self.listing(self.dir)
+        for words, path, content in [
+            ("has no release.json at its root; it says", "release.json", None),
+            ("release.json.*not valid JSON", "release.json", "{"),
+            ("startCommand: found 1, expected a string", "release.json", {"startCommand": 1}),
+            ("names a.tpl, which is not in the rel", "release.json", {"templates": ["a.tpl"]}),
+            ("/etc/passwd in .*not inside", "release.json", {"templates": ["/etc/passwd"]}),
+            ("no extension to take off", "release.json", {"templates": ["run"]}),
+            ("names x.json, which is not", "release.json", {"configSources": {"x": "x.json"}}),
+            ("configSources.x: not valid", "release.json", {"configSources": {"x": "run"}}),
+            (r"conf/a.tpl:2: \{\{#x\}\} is never closed", "conf/a.tpl", "\n{{#x}}"),
+            (r"part:1: \{\{/y\}\} closes a section", "conf/part", "{{/y}}"),
+            (r"part:1: \{\{>z\}\} names a partial", "conf/part", "{{#x}}{{^y}}{{>z}}{{/y}}{{/x}}"),
+            ("conf/a.tpl is not UTF-8", "conf/a.tpl", b"\xff"),
+            ("the link conf/up -> ../../x leads out", "conf/up", "../../x"),
+            ("the link conf/up -> /etc leads out", "conf/up", "/etc"),
+            (r"c\\\\d' is not a path inside", "c\\d", ""),
+            ("pipe is a device", "pipe", None),
+            (r"b\\udcff' is not UTF-8; rename it", b"b\xff", ""),
+        ]:
+            for args in (["web-1"], ["--check", "web-1"]):
+                shutil.rmtree(self.path("web-1"))
+                self.web()
+                at = os.path.join(os.fsencode(self.path("web-1")), os.fsencode(path))
+                if path == "conf/up":
+                    os.symlink(content, at)
+                elif path == "pipe":
+                    os.mkfifo(at)
+                elif content is None:
+                    os.unlink(at)
+                else:
+                    content = content if isinstance(content, (str, bytes)) else json.dumps(content)
+                    with open(at, "wb") as f:
+                        f.write(content if isinstance(content, bytes) else content.encode())
+                with self.subTest(words=words, args=args):
+                    ran = self.c2("pack", *args, code=1)
+                    self.assertRegex(ran.err, words)
+                    self.assertEqual((ran.out, ran.err.count("\n")), ("", 1))
+        shutil.rmtree(self.path("web-1"))
+        self.web()
+        self.assertEqual(self.listing(self.dir), before)
+        self.assertRegex(self.c2("pack", "nowhere", code=1).err, "nowhere.*No such file")
+
+    def test_what_start_would_warn_of(self):
+        self.write("web-1/release.json", {"startcommand": "x"})
+        for args in ("--check", "web-1"), ("web-1",):
+            self.assertIn(
+                "warning: web-1: release.json: c2 does not know the key startcommand; did you mean",
+                self.c2("pack", *args).err,
+            )
+
+    def test_check_writes_nothing(self):
+        self.web()
+        before = self.listing(self.dir)
+        ran = self.c2("pack", "--check", "web-1")
+        self.assertEqual(ran.err, "c2: web-1 is a sound release: 6 files\n")
+        self.assertEqual(self.listing(self.dir), before)
+
+    def test_never_an_archive_in_the_next_one(self):
+        self.web()
+        os.symlink("web-1", self.path("same"))
+        before = self.listing(self.dir)
+        for args in ["web-1", "same/a.zip"], ["web-1", "web-1/conf/a.zip"], ["same", "web-1/a.zip"]:
+            self.assertRegex(self.c2("pack", *args, code=1).err, "would lie in .*another place")
+        for name in (".zip", "a b.zip", "-x.zip", "folder/"):
+            self.assertIn("ARCHIVE: found", self.c2("pack", "web-1", "./" + name, code=2).err)
+        self.assertEqual(self.listing(self.dir), before)
+
+    def test_whole_or_not_at_all(self):
+        self.web()
+        self.write("web-1.zip", "the one before")
+        self.write("web-1.zip.sha256", "its checksum")
+        before = self.listing(self.dir)
+        members = c2.check_packable(self.path("web-1"), self.fail)
+        for broken in (KeyboardInterrupt, OSError(errno.ENOSPC, "no space")):
+            with mock.patch.object(shutil, "copyfileobj", side_effect=[None, broken]):
+                with self.assertRaises((KeyboardInterrupt, OSError)):
+                    c2.pack_release(self.path("web-1"), members, self.path("web-1.zip"))
+            self.assertEqual(self.listing(self.dir), before)
+        with mock.patch.object(c2, "replace_file", side_effect=KeyboardInterrupt):  # in between
+            with self.assertRaises(KeyboardInterrupt):
+                c2.pack_release(self.path("web-1"), members, self.path("web-1.zip"))
+        self.assertFalse(os.path.exists(self.path("web-1.zip.sha256")))
+        self.assertTrue(zipfile.is_zipfile(self.path("web-1.zip")))
+
+    def test_it_starts(self):
+        self.configure()
+        self.write("web-1/release.json", {"startCommand": "./run"})
+        self.write("web-1/run", "#!/bin/sh\necho runs in $C2_DEPLOY >../ran\n", 0o700)
+        self.c2("pack", "web-1", "releases/web-1.zip")
+        self.c2("start", "web-1.zip")
+        self.assertEqual(self.read("deploys", "ran"), "runs in web-1\n")
+        self.assertEqual(self.c2("list-releases").out, "web-1.zip\n")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4429,7 +4624,7 @@ class NoProxyFailures(OneHost):
         self.fails("was ended by signal 9, without a word", "start", "signal.zip")
         self.release("template.zip", templates=["none.tpl"])
         self.fails(
-            "template.zip: release.json names none.tpl, which is not in the archive",
+            "template.zip: release.json names none.tpl, which is not in the release",
             "start",
             "template.zip",
         )

@@ -31,7 +31,7 @@ sed -i.bak "s|nginxDockerImage:.*|nginxDockerImage: ${NGINX_IMAGE:-nginx}|
 printf '{"image": "%s"}\n' "${APP_IMAGE:-busybox:latest}" >etc/app.json
 for version in 1.0 1.1; do
   echo "Hello from version $version" >etc/app/public/index.html
-  "$PYTHON" -m zipfile -c "releases/web-$version.zip" etc/app/*
+  show c2 pack etc/app "releases/web-$version.zip"
 done
 answer() {
   printf '\n$ curl http://%s:8880%s\n' "$1" "$2"

@@ -23,10 +23,10 @@ cd "$work"
 port=$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 printf '{"greeting": "Hello from", "port": %s}\n' "$port" >etc/app.json
 
-# VERSION: what a build would do. The archive has release.json at its root.
+# VERSION: what a build would do.
 build() {
   printf '{"version": "%s"}\n' "$1" >etc/app/build.json
-  "$PYTHON" -m zipfile -c "releases/web-$1.zip" etc/app/*
+  show c2 pack etc/app "releases/web-$1.zip"
 }
 answer() {
   printf '\n$ curl http://127.0.0.1:%s/\n' "$port"
