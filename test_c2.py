@@ -5962,7 +5962,7 @@ class ProxyOnDocker(Proxy):
 
             return run
 
-        default = 'nginx_docker_version: docker_image = "1.28"'
+        default = 'nginx_docker_version: DockerImage = "1.28"'
         first = another_c2(
             (default, default.replace("1.28", "latest")),
             ('        "x-c2": container_settings(config),\n', ""),
