@@ -2472,14 +2472,6 @@ def write_output(path: str, content: str, mode: int) -> None:
         f.write(content.encode("utf-8"))
 
 
-def restore_file(path: str, content: Optional[str]) -> None:
-    """Make a file what it was: of this content, or not there."""
-    if content is None:
-        remove(path)
-    else:
-        replace_file(path, content)
-
-
 def sync_dir(path: str) -> None:
     fd = os.open(path or ".", os.O_RDONLY)
     try:
@@ -2535,6 +2527,14 @@ def remove(path: str) -> None:
         return shutil.rmtree(path)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
+
+
+def restore_file(path: str, content: Optional[str]) -> None:
+    """Make a file what it was: of this content, or not there."""
+    if content is None:
+        remove(path)
+    else:
+        replace_file(path, content)
 
 
 def attempts(seconds: float, pause: float = 0.05) -> Iterator[float]:
@@ -2840,21 +2840,6 @@ def undo_on_failure() -> Iterator[Undos]:
                 except (C2Error, OSError) as e:
                     say(f"warning: while putting things back: {e}")
         raise
-
-
-def require_free_ports(config: Config, https: bool) -> None:
-    """Raise if another program holds a port of the proxy: nginx would try for 2.5 s, and again for
-    ever.
-    """
-    needed = {"httpPort": config.proxy.http_port}
-    if https:
-        needed["httpsPort"] = config.proxy.https_port
-    for key, port in needed.items():
-        if port_taken(port):
-            raise C2Error(
-                f"another program holds port {port}, which the proxy needs; `ss -ltnp` shows "
-                f"which; end it, or set deployMode.proxy.{key}"
-            )
 
 
 class Journal:
@@ -4533,6 +4518,19 @@ def restore_links(config: Config) -> None:
     """Point the links in live/, if there are any yet, where the recorded state has them."""
     if read_links(config):
         set_links(config, routes(config, load_state(config)))
+
+
+def require_free_ports(config: Config, https: bool) -> None:
+    """Raise if another program holds a port of the proxy, which nginx would try for ever."""
+    needed = {"httpPort": config.proxy.http_port}
+    if https:
+        needed["httpsPort"] = config.proxy.https_port
+    for key, port in needed.items():
+        if port_taken(port):
+            raise C2Error(
+                f"another program holds port {port}, which the proxy needs; `ss -ltnp` shows "
+                f"which; end it, or set deployMode.proxy.{key}"
+            )
 
 
 def verify_routes(host: Host, state: State, container: str, conf: str) -> None:
