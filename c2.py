@@ -1,6 +1,5 @@
 #!/usr/bin/env python3
-"""c2 deploys versioned releases on plain hosts: one file, Python's standard library, no
-dependencies.
+"""c2 deploys versioned releases on plain hosts: one file, with Python's own modules alone.
 
 `c2 start RELEASE` fetches a zip archive from a store, expands its mustache templates and runs its
 prestart, stop and start commands. In proxy mode several deploys run side by side behind an nginx
@@ -128,9 +127,7 @@ class Missing(C2Error):
 
 
 class Interrupted(BaseException):
-    """SIGINT, SIGTERM or SIGHUP arrived; not an Exception, so that only undoing code and `main`
-    catch it.
-    """
+    """SIGINT, SIGTERM or SIGHUP arrived; no Exception, so that only undoing and `main` catch it."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
@@ -163,7 +160,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def without_credentials(text: str) -> str:
-    """A text whose web addresses have lost user, password and query: each of them may be secret.
+    """Take user, password and query from the web addresses in a text: each may be secret.
 
     A password may hold what should stand there as %2F, %3F or %40.
     """
