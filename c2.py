@@ -6903,7 +6903,7 @@ def cmd_unpack(host: Host, args: "Namespace") -> None:
     argument("--check", action="store_true", help="only check"),
     host=False,
 )
-def cmd_pack(host: None, args: "Namespace") -> None:
+def cmd_pack(args: "Namespace") -> None:
     """Make a release archive: the same content gives the same bytes."""
     directory = os.path.abspath(args.dir)
     archive = args.archive or os.path.basename(directory) + ".zip"

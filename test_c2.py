@@ -3888,7 +3888,7 @@ class Packing(Sandbox):
         self.write("web-1/release.json", {"startcommand": "x"})
         for args in ("--check", "web-1"), ("web-1",):
             self.assertIn(
-                "warning: web-1: release.json: c2 does not know the key startcommand; did you mean",
+                "warning: web-1: release.json: startcommand: unknown key; did you mean startCommand?",
                 self.c2("pack", *args).err,
             )
 
