@@ -6,9 +6,35 @@ prestart, stop and start commands. In proxy mode several deploys run side by sid
 that c2 manages, and `c2 connect ENDPOINT DEPLOY` switches traffic between them without a reload.
 `c2 help` is the manual.
 
-The file reads bottom-up: pure parts first (configuration, YAML, mustache, state, derived text),
-then the edges (files, log, programs, stores, the proxy, the executor), then the commands and
-`main`.
+What happens at `c2 connect main web-1.4`:
+  main -> cmd_connect -> change: take the lock, recover what was killed, read state.json
+  -> [Connect] -> apply_actions -> perform: the journal names each step before its effect
+  -> STEPS["switch"] -> route: rename live/main, ask nginx -> next_state -> state.json
+  -> the journal goes; a failure or a signal rolls the steps back instead
+On a machine of a fleet the same actions come from plan(own state, master state).
+
+The sections, in order; none uses one below it, and `grep -A1 '^# ---' c2.py` lists them:
+  pure:   Constants | Configuration | YAML | Templates | State, rules and planner | Derived text
+  edges:  Files, log, lock, journal | Running programs | Stores | Releases | Ports | Certificates
+          | The proxy | Certbot | Compose projects | The executor | The fleet
+  top:    Commands | The command line
+Where to look: what is allowed (State, rules), what is written (Derived text), what is done (The
+executor), what is asked of docker (The proxy), who else (The fleet). YAML, Templates and Releases
+need not be read to change anything else.
+
+Words:
+  release     a zip archive in a store, with release.json at its root
+  deploy      a release that runs under a label, in DEPLOYS/LABEL; with the proxy on its own port
+  endpoint    host names that the proxy serves; connected to one deploy, or to none
+  state       what runs and what is connected (state.json); a fleet has a master state in S3
+  action      one change of the state: Create, Replace, Restart, Destroy, Connect, Disconnect
+  step        a part of an action, with its undo; the journal names the one that is under way
+  live links  live/ENDPOINT -> ../ports/PORT, which nginx follows at each request: the switch
+  ready       answers HTTP (2xx or 3xx on readyPath); drain: wait until no request is in flight
+  staging     where a release is unpacked; .old: what gave way to it, until it is started
+  blocked     a label whose recovery failed: only `stop --force` or a retry of it goes on
+  slave       a machine of a fleet; its record in S3 says what it runs and what went wrong
+  context     what templates are expanded with: the config sources, and the ports
 """
 
 import sys
