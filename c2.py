@@ -5375,6 +5375,24 @@ def roll_back(work: Work) -> str:
     return ", ".join(filter(None, results))
 
 
+def give_up(work: Work, error: BaseException) -> None:
+    """Log the failure of an action, and roll it back."""
+    log, fields = work.host.log, log_fields(work.action)
+    reason = str(error) if isinstance(error, (C2Error, OSError)) else "interrupted"
+    message = f"{describe(work.action)} failed: {reason}"
+    details = {"exit": getattr(error, "exit", None), "output": getattr(error, "output", "")}
+    log.event("error", "failed", message, **details, **fields)
+    try:
+        result = roll_back(work)
+    except (C2Error, OSError) as e:
+        raise C2Error(
+            f"{reason}; and it could not be rolled back: {e}; the next c2 command that changes "
+            "something tries again"
+        ) from None
+    if result:
+        log.info("rolled-back", f"rolled back: {result}", **fields)
+
+
 def apply_actions(host: Host, actions: Sequence[Action], state: State) -> State:
     """Perform actions, save the state after each; roll back and raise for the first that fails."""
     for action in actions:
@@ -5399,24 +5417,6 @@ def apply_actions(host: Host, actions: Sequence[Action], state: State) -> State:
                     f"{e.strerror}); the next c2 command records it"
                 ) from None
     return state
-
-
-def give_up(work: Work, error: BaseException) -> None:
-    """Log the failure of an action, and roll it back."""
-    log, fields = work.host.log, log_fields(work.action)
-    reason = str(error) if isinstance(error, (C2Error, OSError)) else "interrupted"
-    message = f"{describe(work.action)} failed: {reason}"
-    details = {"exit": getattr(error, "exit", None), "output": getattr(error, "output", "")}
-    log.event("error", "failed", message, **details, **fields)
-    try:
-        result = roll_back(work)
-    except (C2Error, OSError) as e:
-        raise C2Error(
-            f"{reason}; and it could not be rolled back: {e}; the next c2 command that changes "
-            "something tries again"
-        ) from None
-    if result:
-        log.info("rolled-back", f"rolled back: {result}", **fields)
 
 
 def commit(work: Work, seconds: Optional[float] = None) -> State:
