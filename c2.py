@@ -5375,6 +5375,50 @@ def roll_back(work: Work) -> str:
     return ", ".join(filter(None, results))
 
 
+def clean_up(host: Host) -> None:
+    """Remove what staging, replaced deploys and kills have left, but what a recovery needs."""
+    config = host.config
+    blocked = {name[: -len(".json")] for name in list_dir(config.proxy_path("blocked"))}
+    garbage = [
+        config.path(place, name)
+        for place in (".staging", ".old")
+        for name in list_dir(config.path(place))
+        if name not in blocked
+    ]
+    for directory in (
+        config.deploys_dir,
+        config.context_cache,
+        config.proxy_path(),
+        *map(config.proxy_path, PROXY_DIRS),
+    ):
+        temps = [re.search(r"\.(\d+)(-[0-9a-f]+)?~", name) for name in list_dir(directory)]
+        garbage += [
+            os.path.join(directory, t.string)
+            for t in temps
+            if t and not start_time(int(t.group(1)))
+        ]
+    for path in garbage:
+        try:
+            remove(path)
+        except OSError as e:
+            message = f"can't remove {path}, which an earlier command left: {e.strerror}"
+            host.log.warn("clean-up", message)
+
+
+def commit(work: Work, seconds: Optional[float] = None) -> State:
+    """Record a finished action, then remove what is not needed any more; the journal goes last."""
+    host, action, config = work.host, work.action, work.host.config
+    state = next_state(action, work.state, utc_now())
+    save_state(config, state)
+    host.log.info("done", outcome(action, work.state), seconds=seconds, **log_fields(action))
+    if work.old and config.has_proxy and not work.in_place:
+        remove(config.path(work.old.label))
+        remove(output_path(config, work.old.label))
+    work.journal.clear()
+    clean_up(host)
+    return state
+
+
 def give_up(work: Work, error: BaseException) -> None:
     """Log the failure of an action, and roll it back."""
     log, fields = work.host.log, log_fields(work.action)
@@ -5417,50 +5461,6 @@ def apply_actions(host: Host, actions: Sequence[Action], state: State) -> State:
                     f"{e.strerror}); the next c2 command records it"
                 ) from None
     return state
-
-
-def commit(work: Work, seconds: Optional[float] = None) -> State:
-    """Record a finished action, then remove what is not needed any more; the journal goes last."""
-    host, action, config = work.host, work.action, work.host.config
-    state = next_state(action, work.state, utc_now())
-    save_state(config, state)
-    host.log.info("done", outcome(action, work.state), seconds=seconds, **log_fields(action))
-    if work.old and config.has_proxy and not work.in_place:
-        remove(config.path(work.old.label))
-        remove(output_path(config, work.old.label))
-    work.journal.clear()
-    clean_up(host)
-    return state
-
-
-def clean_up(host: Host) -> None:
-    """Remove what staging, replaced deploys and kills have left, but what a recovery needs."""
-    config = host.config
-    blocked = {name[: -len(".json")] for name in list_dir(config.proxy_path("blocked"))}
-    garbage = [
-        config.path(place, name)
-        for place in (".staging", ".old")
-        for name in list_dir(config.path(place))
-        if name not in blocked
-    ]
-    for directory in (
-        config.deploys_dir,
-        config.context_cache,
-        config.proxy_path(),
-        *map(config.proxy_path, PROXY_DIRS),
-    ):
-        temps = [re.search(r"\.(\d+)(-[0-9a-f]+)?~", name) for name in list_dir(directory)]
-        garbage += [
-            os.path.join(directory, t.string)
-            for t in temps
-            if t and not start_time(int(t.group(1)))
-        ]
-    for path in garbage:
-        try:
-            remove(path)
-        except OSError as e:
-            message = f"can't remove {path}, which an earlier command left: {e.strerror}"
-            host.log.warn("clean-up", message)
 
 
 def require_known_steps(work: Work) -> None:

@@ -4779,11 +4779,13 @@ class NoProxyFailures(OneHost):
         self.ran()
         config = c2.load_config(self.path("etc", "camus2.json"))
         host = c2.Host(config, c2.Log(config.log_file, "x"))
-        journal = c2.new_journal(host, c2.Replace(deploy("x", port=0), deploy("y", port=0)))
-        journal.step("stop-old", stopped=True, fresh=["/new"], common=[])
+        action = c2.Replace(deploy("x", port=0), deploy("y", port=0))
+        work = c2.begin(host, action, c2.host_state(config))
+        work.journal.step("stop-old")
+        work.journal.note(stopped=True, fresh=["/new"], common=[])
         with contextlib.redirect_stderr(io.StringIO()):
-            self.assertRaises(c2.CommandFailed, c2.undo, host, journal)
-            c2.undo(host, c2.read_journal(journal.path))
+            self.assertRaises(c2.CommandFailed, c2.roll_back, work)
+            c2.roll_back(work._replace(journal=c2.read_journal(work.journal.path)))
         self.assertEqual(["stop x x.zip", "start x x.zip"], self.ran())
 
     def test_a_stop_that_hangs_does_not_hang_the_undo(self):
@@ -5148,17 +5150,8 @@ class TheFileItself(unittest.TestCase):
         "Journal uses decode_action",
         "Slave uses rehearse",
         "Slave uses require_port",
-        "apply_actions uses commit",
-        "recover uses finish_or_roll_back",
         "change_master uses check_forgotten",
         "check_forgotten uses read_records",
-        "commit uses clean_up",
-        "execute uses destroy",
-        "execute uses launch",
-        "execute uses restart",
-        "launch uses deploy_context",
-        "launch uses merge_into_place",
-        "launch uses stop_old",
         "read_record uses decode_record",
         "read_records uses foreign_record",
         "read_records uses read_record",
@@ -5705,8 +5698,11 @@ class ProxyWithoutDocker(Proxy):
         self.assertEqual(200, c2.http_get(self.port("m"), "/")[0])
 
     def test_what_was_not_changed_is_not_rolled_back(self):
-        self.app("bad.zip", prestartCommand="exit 3")
+        self.app("bad.zip", templates=["none.tpl"])
         self.assertNotIn("rolled back", self.c2("start", "bad.zip", code=1).err)
+        self.app("bad.zip", prestartCommand="exit 3")
+        ran = self.c2("start", "bad.zip", code=1)
+        self.assertIn("c2: rolled back: removed its files\n", ran.err)
         self.app("bad.zip", startCommand="exit 3")
         ran = self.c2("start", "bad.zip", code=1)
         self.assertIn("c2: rolled back: stopped bad again, removed its files\n", ran.err)
