@@ -7,7 +7,7 @@ that c2 manages, and `c2 connect ENDPOINT DEPLOY` switches traffic between them 
 `c2 help` is the manual.
 
 What happens at `c2 connect main web-1.4`:
-  main -> cmd_connect -> change: take the lock, recover what was killed, read state.json
+  main -> cmd_connect -> change_state: take the lock, recover what was killed, read state.json
   -> [Connect] -> apply_actions -> perform: the journal names each step before its effect
   -> STEPS["switch"] -> route: rename live/main, ask nginx -> next_state -> state.json
   -> the journal goes; a failure or a signal rolls the steps back instead
@@ -15,8 +15,8 @@ On a machine of a fleet the same actions come from plan(own state, master state)
 
 The sections, in order; none uses one below it, and `grep -A1 '^# ---' c2.py` lists them:
   pure:   Constants | Configuration | YAML | Templates | State, rules and planner | Derived text
-  edges:  Files, log, lock, journal | Running programs | Stores | Releases | Ports | Certificates
-          | The proxy | Certbot | Compose projects | The executor | The fleet
+  edges:  Files, log, lock, journal | Running programs | Stores | Releases | Release commands
+          | Ports | Certificates | The proxy | Certbot | Compose projects | The executor | The fleet
   top:    Commands | The command line
 Where to look: what is allowed (State, rules), what is written (Derived text), what is done (The
 executor), what is asked of docker (The proxy), who else (The fleet). YAML, Templates and Releases
@@ -44,6 +44,7 @@ if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "saf
     del sys.path[0]
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
     from zipfile import ZipFile, ZipInfo
 
 VERSION = "0.1.0"
+JsonObject = Dict[str, Any]
 
 # --------------------------------------------------------------------------------------------------
 # Constants and errors
@@ -267,7 +269,7 @@ def decode_object(cls: Any, value: Any, at: Location) -> Any:
     if not isinstance(value, dict):
         raise at.expected(value, "an object")
     fields = {camel(field): field for field in cls._fields}
-    decoded: Dict[str, Any] = {}
+    decoded: JsonObject = {}
     for key, inner in value.items():
         name: str = ALIASES.get(key) or key
         field = fields.get(name)
@@ -289,7 +291,7 @@ def decode_object(cls: Any, value: Any, at: Location) -> Any:
     return cls(**decoded)
 
 
-def decode_union(value: Any, at: Location, cases: Dict[str, Any]) -> Tuple[str, Any]:
+def decode_union(value: Any, at: Location, cases: JsonObject) -> Tuple[str, Any]:
     """Return the case and its value: of NAME, {NAME: null} or {NAME: VALUE}.
 
     A case without a decoder takes no value.
@@ -576,7 +578,7 @@ class Release(NamedTuple):
 def parse_json(source: str, what: str) -> Any:
     """Parse a JSON document; C2Error for what JSON has not, as NaN, and for a duplicate key."""
 
-    def unique(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+    def unique(pairs: List[Tuple[str, Any]]) -> JsonObject:
         entries = dict(pairs)
         if len(entries) != len(pairs):
             keys = [key for key, _ in pairs]
@@ -854,8 +856,8 @@ class _Yaml:
             end = self.find(_YAML_BLOCK[1]).start()
         return end if self.text[end] == ":" and self.text[end + 1] in " \t\n\0" else None
 
-    def mapping(self, n: int) -> Dict[str, Any]:
-        result: Dict[str, Any] = {}
+    def mapping(self, n: int) -> JsonObject:
+        result: JsonObject = {}
         while True:
             start = self.pos
             colon = self.colon()
@@ -871,7 +873,7 @@ class _Yaml:
             if not self.has_next(n):
                 return result
 
-    def check_key(self, mapping: Dict[str, Any], key: Any, start: int) -> None:
+    def check_key(self, mapping: JsonObject, key: Any, start: int) -> None:
         """Check the key between `start` and the cursor, and move over the colon."""
         if not isinstance(key, str):
             self.fail("this key is not a text; quote it", start)
@@ -895,7 +897,7 @@ class _Yaml:
         opening = self.pos
         closing = "]" if self.text[opening] == "[" else "}"
         items: List[Any] = []
-        entries: Dict[str, Any] = {}
+        entries: JsonObject = {}
         self.pos += 1
         while self.flow_char(n, opening) != closing:
             start = self.pos
@@ -1437,7 +1439,7 @@ ACTIONS: Dict[str, Callable[..., Action]] = {
 }
 
 
-def without(items: Mapping[str, Any], key: str) -> Dict[str, Any]:
+def without(items: Mapping[str, Any], key: str) -> JsonObject:
     return {k: v for k, v in items.items() if k != key}
 
 
@@ -1682,7 +1684,7 @@ def published(address: str, port: Any, protocol: str) -> PublishedPort:
     return "" if address in ("0.0.0.0", "::") else address, int(port), protocol
 
 
-def configured_project(document: Dict[str, Any]) -> Project:
+def configured_project(document: JsonObject) -> Project:
     """Return what a deploy will have, by the document of `docker compose config`."""
     services = list((document.get("services") or {}).values())
     ports = [p for s in services if s.get("network_mode") != "host" for p in s.get("ports") or []]
@@ -1813,8 +1815,8 @@ def outcome(action: Action, state: State) -> str:
     return result + (f" (before: {before})" if before not in (None, now) else "")
 
 
-def log_fields(action: Action) -> Dict[str, Any]:
-    fields: Dict[str, Any] = {"action": VERBS[type(action)][0]}
+def log_fields(action: Action) -> JsonObject:
+    fields: JsonObject = {"action": VERBS[type(action)][0]}
     if isinstance(action, (Connect, Disconnect)):
         fields["endpoint"] = action.end_point
     if isinstance(action, Connect):
@@ -2037,8 +2039,8 @@ def routes(config: Config, state: State) -> Dict[str, str]:
 
 
 def nginx_context(
-    config: Config, state: State, certificates: Dict[str, list], http2: str = ""
-) -> dict:
+    config: Config, state: State, certificates: Dict[str, List[str]], http2: str = ""
+) -> JsonObject:
     """Give what the nginx template is expanded with: camus2's context, and c2's own as `c2`.
 
     A null of camus2's is an absent key. certificates: ENDPOINT -> (certificate, key), paths in the
@@ -2046,7 +2048,7 @@ def nginx_context(
     """
     mode, health = config.proxy, config.health_check
     ports = mode.dynamic_port_range
-    upstreams = []  # type: List[int]
+    upstreams: List[int] = []
     if ports.v2 - ports.v1 <= UPSTREAMS_MAX:
         used = (deploy.port for deploy in state.deploys.values())
         upstreams = sorted({*range(ports.v1, ports.v2), *used})
@@ -2058,8 +2060,8 @@ def nginx_context(
         "httpsSuffix": "" if mode.https_port == 443 else f":{mode.https_port}",
         "upstream": "c2_" if upstreams else "127.0.0.1:",
         "upstreams": upstreams,
-    }  # type: Dict[str, Any]
-    context = {"endPoints": [], "c2": own}  # type: Dict[str, Any]
+    }  # type: JsonObject
+    context: JsonObject = {"endPoints": [], "c2": own}
     if health:
         paths = {"incomingPath": health.incoming_path, "outgoingPath": health.outgoing_path}
         own["healthCheck"] = paths
@@ -2074,7 +2076,7 @@ def nginx_context(
         probed = health.endpoint if health else None
         own["unknownTls"] = pairs.get(probed or "") or next(iter(pairs.values()))
     for name, end_point in sorted(mode.end_points.items()):
-        entry = {"label": name, "serverNames": " ".join(end_point.server_names)}  # type: dict
+        entry: JsonObject = {"label": name, "serverNames": " ".join(end_point.server_names)}
         if port_of(state, name):
             entry["port"] = port_of(state, name)
         if end_point.certificate:
@@ -2117,7 +2119,7 @@ def certificate_mounts(config: Config) -> List[str]:
     )
 
 
-def container_settings(config: Config) -> Dict[str, list]:
+def container_settings(config: Config) -> Dict[str, List[Any]]:
     """List what of the configuration the proxy's container is created from: KEY -> value, default.
 
     Only a change of these is a reason for an outage; what another c2 writes besides is not.
@@ -2140,10 +2142,10 @@ def compose_file(config: Config) -> str:
     It depends on nothing that changes in daily work: recreating the container is an outage.
     """
 
-    def mount(source: str, target: str, read_only: bool = True) -> dict:
+    def mount(source: str, target: str, read_only: bool = True) -> JsonObject:
         return {"type": "bind", "source": source, "target": target, "read_only": read_only}
 
-    services = {}  # type: Dict[str, dict]
+    services: Dict[str, JsonObject] = {}
     mounts = [mount(f"./{name}", f"/etc/nginx/c2/{name}") for name in PROXY_DIRS]
     for path in certificate_mounts(config):
         mounts.append(mount(path, path))
@@ -2449,6 +2451,28 @@ def with_path(path: str) -> Any:
         raise
 
 
+def sync_dir(path: str) -> None:
+    fd = os.open(path or ".", os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def is_dir(path: str) -> bool:
+    return os.path.isdir(path) and not os.path.islink(path)
+
+
+def remove(path: str) -> None:
+    """Remove a file, a link, or a directory with all in it; nothing there is no error."""
+    import shutil
+
+    if is_dir(path):
+        return shutil.rmtree(path)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
 def temp_name(path: str) -> str:
     """A file's name until it is whole, which nobody can foresee; no label contains ~, and the pid
     tells what a kill has left.
@@ -2495,14 +2519,6 @@ def write_output(path: str, content: str, mode: int) -> None:
         f.write(content.encode("utf-8"))
 
 
-def sync_dir(path: str) -> None:
-    fd = os.open(path or ".", os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def sync_file_system(path: str) -> None:
     """Let all that was written to the file system of `path` outlive a power cut, quicker than one
     by one.
@@ -2538,20 +2554,6 @@ def read_link(path: str) -> Optional[str]:
         return None
 
 
-def is_dir(path: str) -> bool:
-    return os.path.isdir(path) and not os.path.islink(path)
-
-
-def remove(path: str) -> None:
-    """Remove a file, a link, or a directory with all in it; nothing there is no error."""
-    import shutil
-
-    if is_dir(path):
-        return shutil.rmtree(path)
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-
-
 def restore_file(path: str, content: Optional[str]) -> None:
     """Make a file what it was: of this content, or not there."""
     if content is None:
@@ -2580,14 +2582,20 @@ def scratch() -> Iterator[str]:
         yield directory
 
 
-def compare_trees(new: str, place: str) -> tuple:
-    """What only `new` has, what only `place` has, and what both have: paths from there that begin
-    with /, "" for the trees themselves. A directory in both stands for nothing but what is in it.
+def compare_trees(new: str, place: str) -> Tuple[List[str], List[str], List[str]]:
+    """List what only `new` has, what only `place` has, and what both have.
+
+    Paths begin with /, and "" are the trees themselves. A directory in both stands for nothing but
+    what is in it.
     """
-    fresh, kept, common, pending = [], [], [], [""]
+    fresh: List[str] = []
+    kept: List[str] = []
+    common: List[str] = []
+    pending = [""]
     while pending:
         at = pending.pop()
-        here, there = os.path.lexists(new + at), os.path.lexists(place + at)
+        here = os.path.lexists(new + at)
+        there = os.path.lexists(place + at)
         if is_dir(new + at) and is_dir(place + at):
             names = {*os.listdir(new + at), *os.listdir(place + at)}
             pending += [f"{at}/{name}" for name in sorted(names, reverse=True)]
@@ -2596,8 +2604,10 @@ def compare_trees(new: str, place: str) -> tuple:
                 f"{place}{at} is {'a' if is_dir(place + at) else 'no'} directory, unlike in the "
                 "release; move it away, or start the release under another label"
             )
+        elif here and there:
+            common.append(at)
         else:
-            (common if here and there else fresh if here else kept).append(at)
+            (fresh if here else kept).append(at)
     return fresh, kept, common
 
 
@@ -2693,8 +2703,8 @@ class Log:
 
     def __init__(self, path: str, command: str) -> None:
         self.path, self.command, self.works, self.failed = path, command, True, False
-        self.secrets = []  # type: List[str]
-        self.warned = None  # type: Optional[list]
+        self.secrets: List[str] = []
+        self.warned: Optional[List[Set[str]]] = None
 
     def begin_round(self) -> None:
         """From now on a warning of this round or the last one is not repeated."""
@@ -2778,11 +2788,11 @@ def start_time(pid: int) -> str:
     return "".join(process_fields(pid)[19:20])
 
 
-def identity(pid: int) -> dict:
+def identity(pid: int) -> JsonObject:
     return {"pid": pid, "start": start_time(pid), "boot": boot_id()}
 
 
-def is_alive(process: dict) -> bool:
+def is_alive(process: JsonObject) -> bool:
     """Whether the process of this identity, which a file may have got wrong, still runs."""
     pid = process["pid"]
     ours = isinstance(pid, int) and pid > 1 and process["boot"] == boot_id()
@@ -2813,7 +2823,7 @@ def end_group(group: int) -> None:
             time.sleep(0.05)
 
 
-def end_orphan(group: Optional[dict]) -> bool:
+def end_orphan(group: Optional[JsonObject]) -> bool:
     """End the process group of a killed c2, if its leader is still the one that c2 recorded."""
     with contextlib.suppress(ProcessLookupError):
         if group and is_alive(group) and os.getsid(group["pid"]) == group["pid"]:
@@ -2852,7 +2862,7 @@ Undos = List[Callable[[], Any]]
 @contextlib.contextmanager
 def undo_on_failure() -> Iterator[Undos]:
     """Collect what takes back what was done; when the body fails all are called, last first."""
-    undos = []  # type: Undos
+    undos: Undos = []
     try:
         yield undos
     except BaseException:
@@ -2865,10 +2875,26 @@ def undo_on_failure() -> Iterator[Undos]:
         raise
 
 
+def encode_action(action: Any) -> JsonObject:
+    plain = {
+        k: dict(v._asdict()) if isinstance(v, Deploy) else v for k, v in action._asdict().items()
+    }
+    return dict(plain, kind=type(action).__name__)
+
+
+def decode_action(plain: JsonObject) -> Any:
+    def decode_value(value: Any) -> Any:
+        if isinstance(value, bool):
+            return value
+        return decode(Deploy if isinstance(value, dict) else Label, value, Location("action"))
+
+    return ACTIONS[plain["kind"]](**{k: decode_value(v) for k, v in plain.items() if k != "kind"})
+
+
 class Journal:
     """What is being done to the host, and how far it is, in a file: it makes a kill recoverable."""
 
-    def __init__(self, path: str, record: dict) -> None:
+    def __init__(self, path: str, record: JsonObject) -> None:
         self.path, self.record, self.ignore_disk_full = path, record, False
 
     def step(self, step: str) -> None:
@@ -2877,7 +2903,7 @@ class Journal:
     def runs(self, pid: int) -> None:
         self.note(group=identity(pid))
 
-    def save(self, record: dict) -> None:
+    def save(self, record: JsonObject) -> None:
         """The record is the new one only when the file has it; but an undo goes on where the disk
         is full.
         """
@@ -2903,22 +2929,6 @@ class Journal:
         return f"{describe(self.action)} (step {self.record['step']}, c2 {self.record['command']})"
 
 
-def encode_action(action: Any) -> dict:
-    plain = {
-        k: dict(v._asdict()) if isinstance(v, Deploy) else v for k, v in action._asdict().items()
-    }
-    return dict(plain, kind=type(action).__name__)
-
-
-def decode_action(plain: dict) -> Any:
-    def decode_value(value: Any) -> Any:
-        if isinstance(value, bool):
-            return value
-        return decode(Deploy if isinstance(value, dict) else Label, value, Location("action"))
-
-    return ACTIONS[plain["kind"]](**{k: decode_value(v) for k, v in plain.items() if k != "kind"})
-
-
 def read_journal(path: str) -> Optional[Journal]:
     """The journal that a killed command left, None if there is none; C2Error when it is not one."""
     source = read_file(path)
@@ -2939,7 +2949,7 @@ def read_journal(path: str) -> Optional[Journal]:
     raise C2Error(f"{path} is not a journal of c2; look at what it was about and remove it")
 
 
-def lock_holder(config: Config) -> dict:
+def lock_holder(config: Config) -> JsonObject:
     """What the holder of the lock wrote into it: its identity and what it does; {} when it is gone,
     or for who may not ask.
     """
@@ -2950,7 +2960,7 @@ def lock_holder(config: Config) -> dict:
         return {}
 
 
-def describe_holder(config: Config, holder: dict) -> str:
+def describe_holder(config: Config, holder: JsonObject) -> str:
     try:
         journal = read_journal(config.proxy_path("journal.json"))
     except C2Error:
@@ -2961,7 +2971,10 @@ def describe_holder(config: Config, holder: dict) -> str:
 
 @contextlib.contextmanager
 def locked(
-    host: Host, wait: float, cancels: Optional[Callable[[dict], bool]] = None, **about: Any
+    host: Host,
+    wait: float,
+    cancels: Optional[Callable[[JsonObject], bool]] = None,
+    **about: Any,
 ) -> Any:
     """Hold the host's lock, which dies with its process; Refused after `wait` seconds.
 
@@ -3066,7 +3079,7 @@ def run(
     args: List[str],
     timeout: Optional[float] = 60,
     cwd: Optional[str] = None,
-    env: Optional[dict] = None,
+    env: Optional[Dict[str, str]] = None,
     stdout: Any = None,
     stderr_to_stdout: bool = False,
 ) -> str:
@@ -3143,150 +3156,6 @@ def docker_compose(args: List[str], timeout: float, directory: str, **options: A
                 "docker has no compose; install its compose plugin, version 2 or later"
             ) from None
         raise
-
-
-class OutputTail:
-    """Shows what is added to a file on the terminal: no pipe ties c2 to what a command leaves
-    running.
-    """
-
-    def __init__(self, path: str) -> None:
-        self.file, self.held = open(path, "rb"), b""
-        self.file.seek(0, os.SEEK_END)
-        self.begin = self.file.tell()
-
-    # At the end of what has come: the half of a line end, of a colour or of a character.
-    HALF = re.compile(
-        rb"(\r|\x1b(\[[0-9;]{0,20})?|[\xc2-\xdf]|[\xe0-\xef][\x80-\xbf]?"
-        rb"|[\xf0-\xf4][\x80-\xbf]{0,2})\Z"
-    )
-
-    def show(self, last: bool = False) -> None:
-        """Show what has come; a half waits for the rest, unless it is the last."""
-        for chunk in iter(lambda: self.file.read(65536), b""):
-            self.write(self.held + chunk, False)
-        if last:
-            self.write(self.held, True)
-
-    def write(self, output: bytes, last: bool) -> None:
-        half = None if last else self.HALF.search(output)
-        end = half.start() if half else len(output)
-        self.held = output[end:]
-        shown = printable_output(output[:end].decode("utf-8", "backslashreplace"))
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            sys.stderr.buffer.write(shown.encode("utf-8"))
-            sys.stderr.flush()
-
-    def last(self) -> str:
-        self.file.seek(max(self.begin, self.file.seek(0, os.SEEK_END) - 65536))
-        return tail(self.file.read().decode("utf-8", "replace"))
-
-
-def output_path(config: Config, name: str) -> str:
-    return config.proxy_path("output", f"{name}.log")
-
-
-def command_files(directory: str) -> List[str]:
-    """What decides, in a deploy's directory, which commands are run."""
-    return [directory, os.path.join(directory, "release.json")]
-
-
-def command_env(deploy: Deploy, directory: str) -> Dict[str, str]:
-    """What the commands of a deploy have in their environment beside what c2 has."""
-    port = {"C2_PORT": str(deploy.port)} if deploy.has_port else {}
-    return dict(port, C2_RELEASE=deploy.release, C2_DEPLOY=deploy.label, PWD=directory)
-
-
-def run_command(host: Host, journal: Journal, deploy: Deploy, kind: str, directory: str) -> None:
-    """Run a release's prestart, start or stop command by `sh -c` in `directory`.
-
-    It gets a process group of its own, whose leader waits until the journal knows it: a kill of c2
-    leaves no process that the next command can't find. Raises CommandFailed with the last lines of
-    its output.
-    """
-    import subprocess
-
-    require_private(*command_files(directory))
-    release = read_release(directory)
-    command = getattr(release, f"{kind}_command")
-    if not command.strip():
-        return
-    learn_secrets(host, [os.path.join(directory, path) for path in release.config_sources.values()])
-    host.log.info(
-        kind, f"{deploy.label}: {kind}: {command}", release=deploy.release, deploy=deploy.label
-    )
-    path, began = output_path(host.config, deploy.label), time.monotonic()
-    make_dir(os.path.dirname(path), 0o700)
-    env = dict(os.environ, **command_env(deploy, directory))
-    with open(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab") as output:
-        follower = OutputTail(path)
-        process = subprocess.Popen(
-            ["sh", "-c", 'read -r _ || exit 125; exec sh -c "$0" </dev/null', command],
-            cwd=directory,
-            env=env,
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        journal.runs(process.pid)
-        process.stdin.write(b"go\n")
-        process.stdin.close()
-        code = await_command(host, process, follower, deploy, kind)
-    except BaseException:
-        end_group(process.pid)
-        process.wait()
-        raise
-    finally:
-        with contextlib.suppress(OSError):
-            follower.show(last=True)
-    if code:
-        ended = f"was ended by signal {-code}" if code < 0 else f"exited {code}"
-        end_group(process.pid)
-        raise CommandFailed(
-            f"{deploy.label}: the {kind} command ({command.strip()}) {ended}"
-            + last_line(masked(follower.last(), host.log.secrets)),
-            code,
-            follower.last(),
-        )
-    host.log.event(
-        "info",
-        f"{kind}-done",
-        f"{deploy.label}: {kind} done",
-        deploy=deploy.label,
-        seconds=round(time.monotonic() - began, 3),
-    )
-
-
-def last_line(output: str) -> str:
-    return f": {output.splitlines()[-1].strip()}" if output.strip() else ", without a word"
-
-
-def await_command(host: Host, process: Any, follower: OutputTail, deploy: Deploy, kind: str) -> int:
-    """Wait for a release's command and show its output; gives its exit code."""
-    import subprocess
-
-    began, hinted, pause = time.monotonic(), kind != "start", 0.005
-    while True:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return process.wait(pause)
-        follower.show()
-        pause, passed = min(pause * 1.5, 0.1), time.monotonic() - began
-        if host.command_timeout and passed > host.command_timeout:
-            raise CommandFailed(
-                f"{deploy.label}: the {kind} command has not ended after "
-                f"{host.command_timeout:g} s (commandTimeoutSecs) and was ended",
-                124,
-                follower.last(),
-            )
-        if not hinted and passed > HINT_AFTER_SECS:
-            hinted = True
-            say(
-                f"{deploy.label}: the start command still runs; c2 waits until it returns (docker "
-                "compose up -d, or a server in the background); "
-                f"c2 stop {deploy.label} elsewhere ends it"
-            )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3627,7 +3496,7 @@ def fetch_context(host: Host, retry: bool = False) -> None:
         host.log.info("fetch-context", f"fetched the config source {name} from {address}")
 
 
-def load_context(host: Host) -> Dict[str, Any]:
+def load_context(host: Host) -> JsonObject:
     """Load the template context from the cache."""
     context = {}
     for name in host.config.config_sources:
@@ -3825,7 +3694,7 @@ def inner_path(directory: str, path: str, what: str) -> str:
 def expand_file(
     template: str,
     to: str,
-    context: Dict[str, Any],
+    context: JsonObject,
     warn: Callable[[str], None],
     name: str,
     write: Callable[[str, str, int], None] = replace_file,
@@ -3843,7 +3712,7 @@ def expand_file(
 
 def read_contents(
     directory: str, what: str, warn: Callable[[str], None]
-) -> Tuple[Release, Dict[str, Any], Dict[str, str]]:
+) -> Tuple[Release, JsonObject, Dict[str, str]]:
     """Return the release of a directory, the values of its config sources, where its templates are.
 
     Raises C2Error for what is missing, leads out or can't be read; `what` names the release.
@@ -3867,7 +3736,7 @@ def read_contents(
     return release, sources, templates
 
 
-def prepare_release(host: Host, name: str, directory: str, context: Dict[str, Any]) -> Release:
+def prepare_release(host: Host, name: str, directory: str, context: JsonObject) -> Release:
     """Download a release, unpack it into the new `directory`, expand its templates, run nothing."""
     store = release_store(host.config)
     what = f"the release {name}"
@@ -3973,6 +3842,156 @@ def pack_release(directory: str, members: List[Member], archive: str) -> str:
     line = f"{digest.hexdigest()}  {os.path.basename(archive)}\n"
     replace_file(archive + ".sha256", line)
     return digest.hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------
+# Release commands: run in a group of their own, their output followed
+# --------------------------------------------------------------------------------------------------
+
+
+class OutputTail:
+    """Shows what is added to a file on the terminal: no pipe ties c2 to what a command leaves
+    running.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.file, self.held = open(path, "rb"), b""
+        self.file.seek(0, os.SEEK_END)
+        self.begin = self.file.tell()
+
+    # At the end of what has come: the half of a line end, of a colour or of a character.
+    HALF = re.compile(
+        rb"(\r|\x1b(\[[0-9;]{0,20})?|[\xc2-\xdf]|[\xe0-\xef][\x80-\xbf]?"
+        rb"|[\xf0-\xf4][\x80-\xbf]{0,2})\Z"
+    )
+
+    def show(self, last: bool = False) -> None:
+        """Show what has come; a half waits for the rest, unless it is the last."""
+        for chunk in iter(lambda: self.file.read(65536), b""):
+            self.write(self.held + chunk, False)
+        if last:
+            self.write(self.held, True)
+
+    def write(self, output: bytes, last: bool) -> None:
+        half = None if last else self.HALF.search(output)
+        end = half.start() if half else len(output)
+        self.held = output[end:]
+        shown = printable_output(output[:end].decode("utf-8", "backslashreplace"))
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            sys.stderr.buffer.write(shown.encode("utf-8"))
+            sys.stderr.flush()
+
+    def last(self) -> str:
+        self.file.seek(max(self.begin, self.file.seek(0, os.SEEK_END) - 65536))
+        return tail(self.file.read().decode("utf-8", "replace"))
+
+
+def output_path(config: Config, name: str) -> str:
+    return config.proxy_path("output", f"{name}.log")
+
+
+def command_files(directory: str) -> List[str]:
+    """What decides, in a deploy's directory, which commands are run."""
+    return [directory, os.path.join(directory, "release.json")]
+
+
+def command_env(deploy: Deploy, directory: str) -> Dict[str, str]:
+    """What the commands of a deploy have in their environment beside what c2 has."""
+    port = {"C2_PORT": str(deploy.port)} if deploy.has_port else {}
+    return dict(port, C2_RELEASE=deploy.release, C2_DEPLOY=deploy.label, PWD=directory)
+
+
+def last_line(output: str) -> str:
+    return f": {output.splitlines()[-1].strip()}" if output.strip() else ", without a word"
+
+
+def await_command(host: Host, process: Any, follower: OutputTail, deploy: Deploy, kind: str) -> int:
+    """Wait for a release's command and show its output; gives its exit code."""
+    import subprocess
+
+    began, hinted, pause = time.monotonic(), kind != "start", 0.005
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(pause)
+        follower.show()
+        pause, passed = min(pause * 1.5, 0.1), time.monotonic() - began
+        if host.command_timeout and passed > host.command_timeout:
+            raise CommandFailed(
+                f"{deploy.label}: the {kind} command has not ended after "
+                f"{host.command_timeout:g} s (commandTimeoutSecs) and was ended",
+                124,
+                follower.last(),
+            )
+        if not hinted and passed > HINT_AFTER_SECS:
+            hinted = True
+            say(
+                f"{deploy.label}: the start command still runs; c2 waits until it returns (docker "
+                "compose up -d, or a server in the background); "
+                f"c2 stop {deploy.label} elsewhere ends it"
+            )
+
+
+def run_command(host: Host, journal: Journal, deploy: Deploy, kind: str, directory: str) -> None:
+    """Run a release's prestart, start or stop command by `sh -c` in `directory`.
+
+    It gets a process group of its own, whose leader waits until the journal knows it: a kill of c2
+    leaves no process that the next command can't find. Raises CommandFailed with the last lines of
+    its output.
+    """
+    import subprocess
+
+    require_private(*command_files(directory))
+    release = read_release(directory)
+    command = getattr(release, f"{kind}_command")
+    if not command.strip():
+        return
+    learn_secrets(host, [os.path.join(directory, path) for path in release.config_sources.values()])
+    host.log.info(
+        kind, f"{deploy.label}: {kind}: {command}", release=deploy.release, deploy=deploy.label
+    )
+    path, began = output_path(host.config, deploy.label), time.monotonic()
+    make_dir(os.path.dirname(path), 0o700)
+    env = dict(os.environ, **command_env(deploy, directory))
+    with open(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab") as output:
+        follower = OutputTail(path)
+        process = subprocess.Popen(
+            ["sh", "-c", 'read -r _ || exit 125; exec sh -c "$0" </dev/null', command],
+            cwd=directory,
+            env=env,
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        journal.runs(process.pid)
+        assert process.stdin
+        process.stdin.write(b"go\n")
+        process.stdin.close()
+        code = await_command(host, process, follower, deploy, kind)
+    except BaseException:
+        end_group(process.pid)
+        process.wait()
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            follower.show(last=True)
+    if code:
+        ended = f"was ended by signal {-code}" if code < 0 else f"exited {code}"
+        end_group(process.pid)
+        raise CommandFailed(
+            f"{deploy.label}: the {kind} command ({command.strip()}) {ended}"
+            + last_line(masked(follower.last(), host.log.secrets)),
+            code,
+            follower.last(),
+        )
+    host.log.event(
+        "info",
+        f"{kind}-done",
+        f"{deploy.label}: {kind} done",
+        deploy=deploy.label,
+        seconds=round(time.monotonic() - began, 3),
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4142,7 +4161,8 @@ def read_certificate(path: str, source: str = "") -> Certificate:
 
     try:
         open(path, "rb").close()
-        plain = ssl._ssl._test_decode_cert(path)  # the only parser that the standard library has
+        # The only parser that the standard library has.
+        plain = ssl._ssl._test_decode_cert(path)  # type: ignore[attr-defined]
         begins, ends = (ssl.cert_time_to_seconds(plain[key]) for key in ("notBefore", "notAfter"))
     except (ssl.SSLError, ValueError):
         raise C2Error(f"{source or path} is not a certificate in PEM form") from None
@@ -4192,7 +4212,7 @@ def copy_certificate(
     with undo_on_failure() as undos:
         for path, pem in zip(copies, content):
             if not os.path.exists(path):
-                undos.append(lambda path=path: remove(path))
+                undos.append(functools.partial(remove, path))
                 replace_file(path, pem, 0o600)
         certificate = read_certificate(copies[0], sources[0])
         if generated:  # hosts added since wait for the next one
@@ -4203,7 +4223,7 @@ def copy_certificate(
     return [CERTS_IN_PROXY + file for file in files] if hosts else None
 
 
-def last_context(config: Config) -> dict:
+def last_context(config: Config) -> JsonObject:
     """Read the context of nginx's configuration; {} for none, or one of camus2."""
     try:
         context = json.loads(read_file(config.proxy_path("nginx.ctx.json")) or "{}")
@@ -4212,7 +4232,7 @@ def last_context(config: Config) -> dict:
     return context if "c2" in context else {}
 
 
-def served_certificates(context: dict) -> Dict[str, list]:
+def served_certificates(context: JsonObject) -> Dict[str, List[str]]:
     """List certificate and key, as the container sees them, of the endpoints in a context."""
     entries = [entry for kinds in context.get("endPoints", []) for entry in kinds.values()]
     return {
@@ -4260,7 +4280,7 @@ def remove_old_certificates(config: Config) -> None:
 
 def status_certificates(config: Config) -> Dict[str, Union[Certificate, str]]:
     """Read the Certificate that nginx uses for each https endpoint, or tell why there is none."""
-    certificates = {}  # type: Dict[str, Union[Certificate, str]]
+    certificates: Dict[str, Union[Certificate, str]] = {}
     served = served_certificates(last_context(config))
     for name, end_point in config.end_points.items():
         if name in served:
@@ -4320,7 +4340,7 @@ class ProxyFacts(NamedTuple):
     compose_file: str  # the one of this configuration
     conf: Optional[str]  # nginx's configuration, in its place
     rendered: str  # the one of the state that is to be served
-    context: dict  # what that was rendered with
+    context: JsonObject  # what that was rendered with
     untaken: bool  # nobody knows whether nginx has taken the one in its place
 
 
@@ -4366,7 +4386,7 @@ def proxy_change(facts: ProxyFacts, start: bool, renew: bool = False) -> ProxyCh
     )
 
 
-def http2_form(context: dict) -> str:
+def http2_form(context: JsonObject) -> str:
     """Tell which of HTTP2_FORMS a context has; the first where there is no TLS yet."""
     own = context.get("c2", {})
     if own.get("listenHttp2"):
@@ -4475,7 +4495,7 @@ def recent_nginx_errors(container: str) -> str:
     return nginx_errors(log) or f"it logged no error; look at docker logs {container}"
 
 
-def await_workers(container: str, before: set, problem: str) -> None:
+def await_workers(container: str, before: Set[str], problem: str) -> None:
     """Wait until workers serve that are not of `before`, and they alone.
 
     C2Error with `problem` and nginx's words. The exit codes of `docker compose up`, `docker kill`
@@ -4497,7 +4517,7 @@ def reload_proxy(container: str) -> None:
     await_workers(container, before, "nginx has not taken its new configuration")
 
 
-def render_nginx(config: Config, context: dict) -> str:
+def render_nginx(config: Config, context: JsonObject) -> str:
     path = config.proxy.nginx_conf_template_path
     if not path:
         return render_template(NGINX_TEMPLATE, context, None, "the built-in nginx template")
@@ -4638,8 +4658,8 @@ def test_nginx_conf(config: Config, container: str, running: bool, conf: str) ->
 
 
 def find_nginx_conf(
-    config: Config, state: State, certificates: Dict[str, list], decided: ProxyChange
-) -> Tuple[dict, str]:
+    config: Config, state: State, certificates: Dict[str, List[str]], decided: ProxyChange
+) -> Tuple[JsonObject, str]:
     """Render nginx's configuration in the first form of HTTP/2 that it takes; with context."""
     running = not decided.bring_up
     known = http2_form(last_context(config)) if running else HTTP2_FORMS[0]
@@ -4708,7 +4728,7 @@ def proxy_facts(host: Host, state: State) -> ProxyFacts:
 
 def apply_proxy_change(
     host: Host, state: State, facts: ProxyFacts, decided: ProxyChange, check: Callable[[], None]
-) -> dict:
+) -> JsonObject:
     """Do what was decided; C2Error, and all as before, when it can't be done.
 
     Gives the context of the configuration that nginx has then.
@@ -4781,7 +4801,7 @@ def in_flight(config: Config, port: int) -> str:
 def drain(host: Host, deploy: Deploy) -> None:
     """Wait, at most drainTimeoutSecs, until no request can be on its way to the deploy any more."""
     bound = host.config.proxy.drain_timeout_secs
-    idle_since = None  # type: Optional[float]
+    idle_since: Optional[float] = None
     announced = False
     for left in attempts(bound):
         asked = time.monotonic()
@@ -4977,14 +4997,16 @@ def list_projects(config: Config) -> Dict[str, Project]:
     columns = [label % ".working_dir", label % "", "{{.Names}}", "{{.Ports}}"]
     answer = run(["docker", "ps", "-a", "--format", "\t".join(columns)])
     root = re.escape(os.path.realpath(config.deploys_dir))
-    projects = {}  # type: Dict[str, Project]
+    projects: Dict[str, Project] = {}
     for line in answer.splitlines():
         directory, *rest = line.split("\t")
         place = re.match(root + r"/(?:\.(?:staging|old)/)?([^/]+)", os.path.realpath(directory))
         if directory and place:
             known = projects.setdefault(place.group(1), Project(set(), set(), set()))
-            for items, more in zip(known, listed_project(*rest)):
-                items.update(more)
+            listed = listed_project(*rest)
+            known.names.update(listed.names)
+            known.containers.update(listed.containers)
+            known.ports.update(listed.ports)
     return projects
 
 
@@ -4998,7 +5020,7 @@ def check_project(host: Host, deploy: Deploy, directory: str, quiet: bool = Fals
     # Without the proxy all have port 0: the one before is stopped first.
     beside = [d for d in state.deploys.values() if d not in conflicts(state, deploy)]
 
-    def ask(function: Callable, *args: Any) -> Any:
+    def ask(function: Callable[..., Any], *args: Any) -> Any:
         try:
             return function(*args)
         except C2Error as e:
@@ -5085,7 +5107,7 @@ class Work(NamedTuple):
         return self._replace(host=self.host._replace(command_timeout=limit))
 
 
-def deploy_context(host: Host, deploy: Deploy) -> Dict[str, Any]:
+def deploy_context(host: Host, deploy: Deploy) -> JsonObject:
     """Return a deploy's template context: the config sources, and its ports in proxy mode."""
     context = load_context(host)
     if not host.config.has_proxy:
@@ -5864,7 +5886,7 @@ def fleet_status(config: Config, args: Any, directory: str) -> tuple:
         problem = e
     records = read_records(config, directory) if args.show_slaves else []
     if args.json:
-        plain = {"master": encode(state) if state else None}  # type: Dict[str, Any]
+        plain = {"master": encode(state) if state else None}  # type: JsonObject
         if args.show_slaves:
             plain["slaves"] = [
                 {
@@ -6439,7 +6461,7 @@ def require_port(action: Any) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-Argument = Tuple[Tuple[str, ...], Dict[str, Any]]  # of argparse's add_argument
+Argument = Tuple[Tuple[str, ...], JsonObject]  # of argparse's add_argument
 
 
 class Command(NamedTuple):
@@ -6598,11 +6620,11 @@ def cmd_start(host: Host, args: "Namespace") -> None:
 )
 def cmd_stop(host: Host, args: "Namespace") -> None:
     config = host.config
-    start: Dict[str, Any] = {}  # that is under way, and is cancelled instead
+    start: JsonObject = {}  # that is under way, and is cancelled instead
     if config.remote:
         return change_state(host, args, lambda state: stop_actions(state, args.deploy, args.force))
 
-    def cancels(holder: Dict[str, Any]) -> bool:
+    def cancels(holder: JsonObject) -> bool:
         names = (holder.get("deploy"), holder.get("release"), stem(str(holder.get("release"))))
         start.update(holder)
         return holder.get("verb") == "start" and args.deploy in names
