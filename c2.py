@@ -2377,9 +2377,7 @@ def masked(value: Any, secrets: List[str]) -> Any:
 
 
 def make_dir(path: str, mode: int = 0o755) -> None:
-    """Make a directory and those above it, whatever the umask: containers read them as other
-    users.
-    """
+    """Make a directory and those above it, whatever the umask: other users read them."""
     if os.path.isdir(path):
         return
     make_dir(os.path.dirname(path) or ".")
@@ -2395,12 +2393,15 @@ def require_private(*paths: str) -> None:
     """Refused when another user than root and c2's own can write one of these, if it is there."""
     import shlex
 
-    foreign, writable = [], []
+    foreign = []
+    writable = []
     for path in paths:
         with contextlib.suppress(FileNotFoundError):
-            found = os.stat(path)
-            foreign += [path] if found.st_uid not in (0, os.geteuid()) else []
-            writable += [path] if found.st_mode & 0o022 else []
+            info = os.stat(path)
+            if info.st_uid not in (0, os.geteuid()):
+                foreign.append(path)
+            if info.st_mode & 0o022:
+                writable.append(path)
     if foreign or writable:
         mend = [
             " ".join([command, *map(shlex.quote, changed)])
@@ -2417,7 +2418,7 @@ def require_private(*paths: str) -> None:
 
 
 def read_file(path: str) -> Optional[str]:
-    """The text of a UTF-8 file, None when there is none."""
+    """Read the text of a UTF-8 file; None when there is none."""
     try:
         with open(path, encoding="utf-8") as f:
             return f.read()
@@ -2474,16 +2475,15 @@ def remove(path: str) -> None:
 
 
 def temp_name(path: str) -> str:
-    """A file's name until it is whole, which nobody can foresee; no label contains ~, and the pid
-    tells what a kill has left.
+    """Name a file until it is whole, as nobody can foresee.
+
+    No label contains ~, and the pid tells what a kill has left.
     """
     return f"{path}.{os.getpid()}-{os.urandom(8).hex()}~"
 
 
 def replace_file(path: str, content: Any, mode: int = 0o644) -> None:
-    """Write a file whole or not at all: to a temporary name, to the disk, then renamed into
-    place.
-    """
+    """Write a file whole or not at all: to a temporary name, to the disk, then rename it."""
     data = content.encode("utf-8") if isinstance(content, str) else content
     temp = temp_name(path)
     fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -2520,9 +2520,7 @@ def write_output(path: str, content: str, mode: int) -> None:
 
 
 def sync_file_system(path: str) -> None:
-    """Let all that was written to the file system of `path` outlive a power cut, quicker than one
-    by one.
-    """
+    """Let all that was written to the file system of `path` outlive a power cut, at once."""
     try:
         import ctypes
 
@@ -2625,7 +2623,7 @@ CONTROLS = r"[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2
 
 
 def printable(message: str) -> str:
-    """A text with its control characters, but for tabs and line ends, spelled out."""
+    """Spell out the control characters of a text, but for tabs and line ends."""
     return re.sub(CONTROLS, lambda m: ascii(m.group())[1:-1], message)
 
 
@@ -2634,21 +2632,19 @@ def one_line(name: str) -> str:
 
 
 def printable_output(output: str) -> str:
-    """What a program has written, of whose control sequences only colours reach the terminal."""
+    """Spell out what a program has written: of its control sequences only colours are left."""
     parts = re.split("(\x1b\\[[0-9;]*m)", re.sub("\r\n?", "\n", output))
     return "".join(part if i % 2 else printable(part) for i, part in enumerate(parts))
 
 
 def readable_json(value: Any, **options: Any) -> str:
-    """JSON with letters as they are, which steers no terminal."""
+    """Write JSON with letters as they are, which steers no terminal."""
     source = json.dumps(value, ensure_ascii=False, **options)
     return re.sub(CONTROLS, lambda m: f"\\u{ord(m.group()):04x}", source)
 
 
 def say(message: str) -> None:
-    """Tell the person at the terminal; nothing that is said may fail the work, or steer the
-    terminal.
-    """
+    """Tell the person at the terminal; that may not fail the work, or steer the terminal."""
     message = printable(message)
     with contextlib.suppress(OSError, ValueError):
         print(f"c2: {message}", file=sys.stderr, flush=True)
@@ -2677,7 +2673,7 @@ def login_name() -> str:
 
 
 def who() -> str:
-    """Who makes a change, for others to read: $C2_WHO, else the user at this host."""
+    """Name who makes a change, for others to read: $C2_WHO, else the user at this host."""
     import socket
 
     name = os.environ.get("C2_WHO") or f"{login_name()}@{socket.gethostname()}"
@@ -2685,7 +2681,7 @@ def who() -> str:
 
 
 def check_log_file(path: str) -> None:
-    """ConfigError for a log that is another's to read, or that a write could wait for."""
+    """Refuse a log that is another's to read, or that a write could wait for."""
     import stat
 
     with contextlib.suppress(OSError):
@@ -2702,21 +2698,22 @@ class Log:
     """The JSON log, and what is said of it to the person: one event, one line, in both."""
 
     def __init__(self, path: str, command: str) -> None:
-        self.path, self.command, self.works, self.failed = path, command, True, False
+        self.path = path
+        self.command = command
+        self.works = True
+        self.failed = False
         self.secrets: List[str] = []
         self.warned: Optional[List[Set[str]]] = None
 
     def begin_round(self) -> None:
-        """From now on a warning of this round or the last one is not repeated."""
+        """Repeat no warning from now on that this round or the last one has given."""
         self.warned = [self.warned[1] if self.warned else set(), set()]
 
     def add_secrets(self, values: List[str]) -> None:
         self.secrets = sorted({*self.secrets, *values}, key=len, reverse=True)
 
     def event(self, level: str, event: str, message: str, **fields: Any) -> None:
-        """Write an event to the log alone; `info` and `warn` say it too, and an error is said by
-        `main`.
-        """
+        """Write an event to the log alone; `info` and `warn` say it too, `main` says an error."""
         message = masked(message, self.secrets)
         self.failed = self.failed or level == "error"
         entry = {
@@ -2774,7 +2771,7 @@ def boot_id() -> str:
 
 
 def process_fields(pid: Any) -> List[str]:
-    """What /proc/PID/stat says of a process from its state on (proc(5)); [] when there is none."""
+    """Read /proc/PID/stat of a process from its state on (proc(5)); [] when there is none."""
     with contextlib.suppress(OSError):
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as f:
             return f.read().rpartition(")")[2].split()
@@ -2782,9 +2779,7 @@ def process_fields(pid: Any) -> List[str]:
 
 
 def start_time(pid: int) -> str:
-    """When a process began, in ticks since boot, "" for none; with its pid it names a process for
-    good.
-    """
+    """Tell when a process began, "" for none; with its pid and boot it names one for good."""
     return "".join(process_fields(pid)[19:20])
 
 
@@ -2793,14 +2788,14 @@ def identity(pid: int) -> JsonObject:
 
 
 def is_alive(process: JsonObject) -> bool:
-    """Whether the process of this identity, which a file may have got wrong, still runs."""
+    """Tell whether the process of this identity, which a file may have wrong, still runs."""
     pid = process["pid"]
     ours = isinstance(pid, int) and pid > 1 and process["boot"] == boot_id()
     return ours and process["start"] == start_time(pid) != ""
 
 
 def group_alive(group: int) -> bool:
-    """Whether a process of this process group still runs; zombies don't count."""
+    """Tell whether a process of this process group still runs; zombies don't count."""
     try:
         os.killpg(group, 0)
     except ProcessLookupError:
@@ -2837,14 +2832,12 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextlib.contextmanager
 def uninterruptible() -> Any:
-    """Hold SIGINT, SIGTERM and SIGHUP back until it is done: an undo must not be undone
-    half-way.
-    """
-    held = []
+    """Hold SIGINT, SIGTERM and SIGHUP back: an undo must not be undone half-way."""
+    pending = []
 
-    def hold(signum: int, frame: Any) -> None:
+    def hold(signum: int, frame: object) -> None:
         say("putting things in order; a moment")
-        held.append(signum)
+        pending.append(signum)
 
     before = {s: signal.signal(s, hold) for s in SIGNALS}
     try:
@@ -2852,7 +2845,7 @@ def uninterruptible() -> Any:
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
-    for signum in held[:1]:
+    for signum in pending[:1]:
         os.kill(os.getpid(), signum)
 
 
@@ -2904,9 +2897,7 @@ class Journal:
         self.note(group=identity(pid))
 
     def save(self, record: JsonObject) -> None:
-        """The record is the new one only when the file has it; but an undo goes on where the disk
-        is full.
-        """
+        """Have the new record only when the file has it; an undo goes on where the disk is full."""
         try:
             replace_file(self.path, json.dumps(record), 0o600)
         except OSError:
@@ -2930,7 +2921,7 @@ class Journal:
 
 
 def read_journal(path: str) -> Optional[Journal]:
-    """The journal that a killed command left, None if there is none; C2Error when it is not one."""
+    """Read the journal that a killed command left; None without one, C2Error for another file."""
     source = read_file(path)
     if source is None:
         return None
@@ -2950,9 +2941,7 @@ def read_journal(path: str) -> Optional[Journal]:
 
 
 def lock_holder(config: Config) -> JsonObject:
-    """What the holder of the lock wrote into it: its identity and what it does; {} when it is gone,
-    or for who may not ask.
-    """
+    """Read who holds the lock and what it does; {} for nobody, and for who may not ask."""
     try:
         holder = json.loads(read_file(config.proxy_path("lock")) or "{}")
         return holder if is_alive(holder) else {}
@@ -2990,7 +2979,9 @@ def locked(
         *map(config.proxy_path, list_dir(config.proxy_path())),
     )
     make_dir(config.proxy_path())
-    deadline, told, cancelled = time.monotonic() + wait, False, False
+    deadline = time.monotonic() + wait
+    announced = False
+    cancelled = False
     with open(
         os.open(config.proxy_path("lock"), os.O_RDWR | os.O_CREAT, 0o600), "r+", encoding="utf-8"
     ) as f:
@@ -3005,16 +2996,17 @@ def locked(
                 say(f"ending {describe_holder(config, holder)}")
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(holder["pid"], signal.SIGTERM)
-                cancelled, told = True, True
+                cancelled = True
+                announced = True
                 deadline = max(deadline, time.monotonic() + 60)
             if time.monotonic() >= deadline:
                 raise Refused(
                     f"{describe_holder(config, holder)} still works on this host after {wait:g} s; "
                     "try again later, or wait longer with --lock-wait SECS"
                 )
-            if not told:
+            if not announced:
                 say(f"waiting for {describe_holder(config, holder)}, at most {wait:g} s")
-                told = True
+                announced = True
             time.sleep(0.1)
         f.truncate(0)
         f.write(json.dumps(dict(identity(os.getpid()), command=host.log.command, **about)))
@@ -3023,15 +3015,13 @@ def locked(
 
 
 def load_state(config: Config) -> State:
-    """This host's state.json; an empty State when there is none yet."""
+    """Load this host's state.json; an empty State when there is none yet."""
     path = config.proxy_path("state.json")
     return decode_state(load_json(path, path), path) if os.path.exists(path) else State()
 
 
 def host_state(config: Config) -> State:
-    """The state; where only camus2 has been, without the proxy, the release that its link `current`
-    names.
-    """
+    """Load the state; where only camus2 has been, without the proxy, that of its link `current`."""
     current = read_link(config.path(CURRENT))
     known = any(os.path.exists(config.proxy_path(name)) for name in ("state.json", "journal.json"))
     if config.has_proxy or known or not current:
@@ -3086,12 +3076,12 @@ def run(
     """Run a program, never through a shell, and return what it wrote to stdout.
 
     timeout: seconds; cwd: directory; env: added to the environment; stdout: where it goes instead;
-    merge: take stderr for stdout too. Raises CommandFailed with the program, its exit code and its
+    stderr_to_stdout: take it as well. Raises CommandFailed with the program, its exit code and its
     last lines.
     """
     import subprocess
 
-    shown = show_args(args[:6]) + (" ..." if len(args) > 6 else "")
+    command = show_args(args[:6]) + (" ..." if len(args) > 6 else "")
     if os.environ.get("C2_DEBUG"):
         say("+ " + show_args(args))
     try:
@@ -3105,7 +3095,7 @@ def run(
             start_new_session=True,
         )  # Ctrl-C is for c2, which may be putting back
     except FileNotFoundError:
-        raise C2Error(f"{args[0]} is not on PATH; install it, since {shown} needs it") from None
+        raise C2Error(f"{args[0]} is not on PATH; install it, since {command} needs it") from None
     except OSError as e:
         raise C2Error(f"{args[0]} can't be run: {e.strerror}") from None
     with process:
@@ -3113,17 +3103,17 @@ def run(
             out, err = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
             end_group(process.pid)
-            raise CommandFailed(f"{shown} has not ended after {timeout:g} s", 124) from None
+            raise CommandFailed(f"{command} has not ended after {timeout:g} s", 124) from None
         except BaseException:
             end_group(process.pid)
             raise
     answer = (out or b"").decode("utf-8", "replace")
     if process.returncode:
-        said = (err or b"").decode("utf-8", "replace") + answer
+        output = (err or b"").decode("utf-8", "replace") + answer
         raise CommandFailed(
-            f"{shown}: exit {process.returncode}: {tail(said, 8) or 'without a word'}",
+            f"{command}: exit {process.returncode}: {tail(output, 8) or 'no output'}",
             process.returncode,
-            said,
+            output,
         )
     return answer
 
@@ -3850,12 +3840,11 @@ def pack_release(directory: str, members: List[Member], archive: str) -> str:
 
 
 class OutputTail:
-    """Shows what is added to a file on the terminal: no pipe ties c2 to what a command leaves
-    running.
-    """
+    """Shows what is added to a file: no pipe ties c2 to what a command leaves running."""
 
     def __init__(self, path: str) -> None:
-        self.file, self.held = open(path, "rb"), b""
+        self.file = open(path, "rb")
+        self.rest = b""
         self.file.seek(0, os.SEEK_END)
         self.begin = self.file.tell()
 
@@ -3868,17 +3857,17 @@ class OutputTail:
     def show(self, last: bool = False) -> None:
         """Show what has come; a half waits for the rest, unless it is the last."""
         for chunk in iter(lambda: self.file.read(65536), b""):
-            self.write(self.held + chunk, False)
+            self.write(self.rest + chunk, False)
         if last:
-            self.write(self.held, True)
+            self.write(self.rest, True)
 
     def write(self, output: bytes, last: bool) -> None:
         half = None if last else self.HALF.search(output)
         end = half.start() if half else len(output)
-        self.held = output[end:]
-        shown = printable_output(output[:end].decode("utf-8", "backslashreplace"))
+        self.rest = output[end:]
+        text = printable_output(output[:end].decode("utf-8", "backslashreplace"))
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            sys.stderr.buffer.write(shown.encode("utf-8"))
+            sys.stderr.buffer.write(text.encode("utf-8"))
             sys.stderr.flush()
 
     def last(self) -> str:
@@ -3891,30 +3880,33 @@ def output_path(config: Config, name: str) -> str:
 
 
 def command_files(directory: str) -> List[str]:
-    """What decides, in a deploy's directory, which commands are run."""
+    """List what decides, in a deploy's directory, which commands are run."""
     return [directory, os.path.join(directory, "release.json")]
 
 
 def command_env(deploy: Deploy, directory: str) -> Dict[str, str]:
-    """What the commands of a deploy have in their environment beside what c2 has."""
+    """Return what the commands of a deploy have in their environment beside c2's own."""
     port = {"C2_PORT": str(deploy.port)} if deploy.has_port else {}
     return dict(port, C2_RELEASE=deploy.release, C2_DEPLOY=deploy.label, PWD=directory)
 
 
 def last_line(output: str) -> str:
-    return f": {output.splitlines()[-1].strip()}" if output.strip() else ", without a word"
+    return f": {output.splitlines()[-1].strip()}" if output.strip() else ", no output"
 
 
 def await_command(host: Host, process: Any, follower: OutputTail, deploy: Deploy, kind: str) -> int:
     """Wait for a release's command and show its output; gives its exit code."""
     import subprocess
 
-    began, hinted, pause = time.monotonic(), kind != "start", 0.005
+    began = time.monotonic()
+    hinted = kind != "start"
+    pause = 0.005
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
             return process.wait(pause)
         follower.show()
-        pause, passed = min(pause * 1.5, 0.1), time.monotonic() - began
+        pause = min(pause * 1.5, 0.1)
+        passed = time.monotonic() - began
         if host.command_timeout and passed > host.command_timeout:
             raise CommandFailed(
                 f"{deploy.label}: the {kind} command has not ended after "
@@ -3949,7 +3941,8 @@ def run_command(host: Host, journal: Journal, deploy: Deploy, kind: str, directo
     host.log.info(
         kind, f"{deploy.label}: {kind}: {command}", release=deploy.release, deploy=deploy.label
     )
-    path, began = output_path(host.config, deploy.label), time.monotonic()
+    path = output_path(host.config, deploy.label)
+    began = time.monotonic()
     make_dir(os.path.dirname(path), 0o700)
     env = dict(os.environ, **command_env(deploy, directory))
     with open(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab") as output:
@@ -4980,7 +4973,7 @@ def generate_certificate(host: Host, state: State) -> None:
 
 
 def read_project(deploy: Deploy, directory: str) -> Optional[Project]:
-    """What docker compose makes of a deploy in `directory`; None without a compose file."""
+    """Ask docker compose what it makes of a deploy in `directory`; None without a compose file."""
     if not any(os.path.exists(os.path.join(directory, name)) for name in COMPOSE_FILES):
         return None
     args = ["config", "--format", "json"]
@@ -4992,7 +4985,7 @@ def read_project(deploy: Deploy, directory: str) -> Optional[Project]:
 
 
 def list_projects(config: Config) -> Dict[str, Project]:
-    """What the containers of deploys have, running or not, by label."""
+    """List what the containers of deploys have, running or not, by label."""
     label = '{{.Label "com.docker.compose.project%s"}}'
     columns = [label % ".working_dir", label % "", "{{.Names}}", "{{.Ports}}"]
     answer = run(["docker", "ps", "-a", "--format", "\t".join(columns)])
@@ -5011,8 +5004,9 @@ def list_projects(config: Config) -> Dict[str, Project]:
 
 
 def check_project(host: Host, deploy: Deploy, directory: str, quiet: bool = False) -> None:
-    """Refused where docker compose would take the containers of a deploy that stays beside this one
-    for its own, or where that has what is fixed in the compose file in `directory`.
+    """Refuse what docker compose would take from a deploy that stays beside this one.
+
+    That are containers of the same project, or what is fixed in the compose file in `directory`.
 
     What docker can't tell is warned of, unless quiet: the commands may use something else.
     """

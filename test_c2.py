@@ -4621,7 +4621,7 @@ class NoProxyFailures(OneHost):
             "prestart.zip",
         )
         self.release("signal.zip", prestartCommand="kill -9 $$")
-        self.fails("was ended by signal 9, without a word", "start", "signal.zip")
+        self.fails("was ended by signal 9, no output", "start", "signal.zip")
         self.release("template.zip", templates=["none.tpl"])
         self.fails(
             "template.zip: release.json names none.tpl, which is not in the release",
@@ -8862,7 +8862,7 @@ Some challenges have failed."""
         host = c2.Host(https_config("/x", acmeServer="https://ca.test/dir"), None)
         for e in (
             c2.CommandFailed("docker run: has not ended after 600 s", 124),
-            c2.CommandFailed("docker run: exit 1: without a word", 1),
+            c2.CommandFailed("docker run: exit 1: no output", 1),
         ):
             with mock.patch.object(c2, "compose", side_effect=e), mock.patch.object(
                 c2, "run"
