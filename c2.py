@@ -2341,6 +2341,14 @@ def status_text(
     return "\n".join(lines)
 
 
+def size_text(size: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.{int(unit != 'B')}f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
+
+
 def tail(output: str, lines: int = OUTPUT_LINES) -> str:
     return "\n".join(output.strip().splitlines()[-lines:])
 
@@ -3153,11 +3161,19 @@ def docker_compose(args: List[str], timeout: float, directory: str, **options: A
 # --------------------------------------------------------------------------------------------------
 
 
+class Stored(NamedTuple):
+    """A release in the store."""
+
+    name: str
+    time: str  # as in 2026-11-24T12:30:00Z
+    size: int  # bytes
+
+
 class Store(NamedTuple):
     """Where releases come from, whatever is behind it."""
 
     label: str  # for messages
-    names: Callable[[], List[str]]  # newest first
+    releases: Callable[[], List[Stored]]  # newest first
     exists: Callable[[str], bool]
     fetch: Callable[[str, str], None]  # a name to a path, or Missing
 
@@ -3300,20 +3316,19 @@ def s3_object(url: str) -> List[str]:
     return ["--bucket", bucket, "--key", key]
 
 
-def local_names(base: str) -> List[str]:
+def local_releases(base: str) -> List[Stored]:
     try:
         with os.scandir(base) as entries:
-            files = [
-                (-e.stat().st_mtime, e.name) for e in entries if e.is_file() and e.name[0] != "."
-            ]
+            files = [(e.name, e.stat()) for e in entries if e.is_file() and e.name[0] != "."]
     except FileNotFoundError:
         raise C2Error(
             f"the release store {base} is not there; make it, or correct releases"
         ) from None
-    return [name for _, name in sorted(files)]
+    files.sort(key=lambda file: (-file[1].st_mtime, file[0]))
+    return [Stored(name, utc_now(stat.st_mtime), stat.st_size) for name, stat in files]
 
 
-def s3_names(base: str) -> List[str]:
+def s3_releases(base: str) -> List[Stored]:
     """List the objects right below an s3:// prefix, newest first."""
     bucket, prefix = s3_parts(base.rstrip("/") + "/")
     answer = aws(
@@ -3332,8 +3347,8 @@ def s3_names(base: str) -> List[str]:
     items = json.loads(answer or "{}").get("Contents", [])
     items.sort(key=lambda item: item["Key"])
     items.sort(key=lambda item: item["LastModified"], reverse=True)
-    names = [item["Key"][len(prefix) :] for item in items]
-    return [name for name in names if name]
+    objects = [Stored(i["Key"][len(prefix) :], i["LastModified"], i["Size"]) for i in items]
+    return [stored for stored in objects if stored.name]
 
 
 def s3_exists(url: str) -> bool:
@@ -3344,7 +3359,7 @@ def s3_exists(url: str) -> bool:
     return True
 
 
-def http_names(base: str) -> List[str]:
+def http_releases(base: str) -> List[Stored]:
     raise C2Error(
         f"{without_credentials(base)} is an http store, which can't be listed; look where the "
         "releases are published"
@@ -3362,10 +3377,10 @@ def http_exists(url: str) -> bool:
 def release_store(config: Config) -> Store:
     """Return the store that the configuration names."""
     kind, base = config.releases
-    list_names, exists = {
-        "localdir": (local_names, os.path.isfile),
-        "s3": (s3_names, s3_exists),
-        "http": (http_names, http_exists),
+    list_objects, exists = {
+        "localdir": (local_releases, os.path.isfile),
+        "s3": (s3_releases, s3_exists),
+        "http": (http_releases, http_exists),
     }[kind]
 
     def source(name: str) -> Variant:
@@ -3375,16 +3390,35 @@ def release_store(config: Config) -> Store:
             name = quote(name)
         return Variant(kind, base.rstrip("/") + "/" + name)
 
-    def names() -> List[str]:
-        listed = list_names(base)
-        beside = {name + end for name in listed for end in (".sha256", ".sig")}
-        return [name for name in listed if name not in beside]
+    def releases() -> List[Stored]:
+        objects = list_objects(base)
+        beside = {stored.name + end for stored in objects for end in (".sha256", ".sig")}
+        return [stored for stored in objects if stored.name not in beside]
 
     return Store(
         without_credentials(base),
-        names,
+        releases,
         lambda name: exists(source(name).value),
         lambda name, to: fetch(source(name), to),
+    )
+
+
+def releases_text(releases: Sequence[Stored], state: State) -> str:
+    """Write `list-releases` for a person, the names first."""
+    rows = []
+    for release in releases:
+        uses = []
+        for name, deploy in sorted(state.deploys.items()):
+            if deploy.release == release.name:
+                end_points = connected_to(state, name)
+                serves = f", serves {' and '.join(end_points)}" if end_points else ""
+                uses.append(f"runs as {name}{serves}")
+        date = f"{release.time[:16].replace('T', ' ')} UTC"
+        rows.append((one_line(release.name), date, size_text(release.size), "; ".join(uses)))
+    width = max((len(row[0]) for row in rows), default=0)
+    return "".join(
+        f"{name:{width}}  {date}  {size:>8}  {uses}".rstrip() + "\n"
+        for name, date, size, uses in rows
     )
 
 
@@ -3395,12 +3429,22 @@ def require_release(config: Config, name: str) -> None:
         return
     try:
         hint = (
-            nearest(name, [*map(one_line, store.names())])
+            nearest(name, [one_line(release.name) for release in store.releases()])
             or "; c2 list-releases shows what is there"
         )
     except (C2Error, OSError) as e:
         hint = f"; {e}"
     raise C2Error(f"there is no release {name} in {store.label}{hint}")
+
+
+def find_release(config: Config, name: str) -> str:
+    """Return the name that a release has in the store: `name`, or NAME.zip where only that is."""
+    decode(ReleaseName, name, Location("RELEASE"))
+    store = release_store(config)
+    with contextlib.suppress(C2Error):  # fetching it says what is wrong
+        if not name.endswith(".zip") and not store.exists(name) and store.exists(name + ".zip"):
+            return name + ".zip"
+    return name
 
 
 def find_config(option: Optional[str]) -> str:
@@ -6503,7 +6547,7 @@ def amount(
     return parse_amount
 
 
-RELEASE = argument("release", metavar="RELEASE", help="its name in the store")
+RELEASE = argument("release", metavar="RELEASE", help="its name in the store; .zip may be left out")
 DEPLOY = argument("deploy", metavar="DEPLOY", help="its label, or its release")
 ONLY_END_POINT = argument(
     "end_point", metavar="ENDPOINT", nargs="?", help="may be left out when there is only one"
@@ -6561,7 +6605,6 @@ def start_release(host: Host, args: "Namespace", release: str, name: str) -> Non
     """Deploy a release under the label `name`, by the rules of `start_actions`."""
     config = host.config
     remote = config.remote is not None
-    decode(ReleaseName, release, Location("RELEASE"))
     check_label(name, State())
     if remote:
         require_release(config, release)
@@ -6600,8 +6643,9 @@ def start_release(host: Host, args: "Namespace", release: str, name: str) -> Non
     WAIT,
 )
 def cmd_start(host: Host, args: "Namespace") -> None:
-    name = stem(args.release) if args.deploy is None else args.deploy
-    start_release(host, args, args.release, name)
+    release = find_release(host.config, args.release)
+    name = stem(release) if args.deploy is None else args.deploy
+    start_release(host, args, release, name)
 
 
 @subcommand(
@@ -6856,11 +6900,23 @@ def cmd_slave_flush(host: Host, args: "Namespace") -> None:
     )
 
 
-@subcommand("list the releases in the store, newest first", "c2 list-releases", JSON)
+@subcommand(
+    "list the releases in the store, newest first, and what runs",
+    "c2 list-releases",
+    argument("--json", "--json-output", action="store_true", dest="json", help="print their names"),
+)
 def cmd_list_releases(host: Host, args: "Namespace") -> None:
-    names = release_store(host.config).names()
-    listed = "".join(one_line(name) + "\n" for name in names)
-    emit(readable_json(names, indent=2) + "\n" if args.json else listed)
+    config = host.config
+    releases = release_store(config).releases()
+    if args.json:
+        names = [release.name for release in releases]
+        return emit(readable_json(names, indent=2) + "\n")
+    state = State()
+    try:
+        state = read_master(config)[0] if config.remote else host_state(config)
+    except (C2Error, OSError) as e:
+        say(f"warning: what runs is not known: {e}")
+    emit(releases_text(releases, state))
 
 
 @subcommand(
@@ -6922,14 +6978,14 @@ def cmd_unpack(host: Host, args: "Namespace") -> None:
     directory = os.path.abspath(args.dir)
     if list_dir(directory):
         raise C2Error(f"{directory} is not empty; give a new directory")
-    decode(ReleaseName, args.release, Location("RELEASE"))
+    release = find_release(host.config, args.release)
     fetch_context(host)
     parent, name = os.path.split(directory)
     make_dir(parent)
     with tempfile.TemporaryDirectory(prefix=f"{name}.", suffix="~", dir=parent) as private:
-        prepare_release(host, args.release, os.path.join(private, name), load_context(host))
+        prepare_release(host, release, os.path.join(private, name), load_context(host))
         os.replace(os.path.join(private, name), directory)
-    host.log.info("unpack", f"unpacked {args.release} into {directory}", release=args.release)
+    host.log.info("unpack", f"unpacked {release} into {directory}", release=release)
 
 
 @subcommand(

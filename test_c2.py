@@ -272,6 +272,11 @@ class Sandbox(unittest.TestCase):
             self.assertEqual(ran.code, expected, ran)
         return ran
 
+    def listed(self, **options):
+        """The names that list-releases shows, which end at two spaces."""
+        lines = self.c2("list-releases", **options).out.splitlines()
+        return [line.split("  ")[0] for line in lines]
+
     def state(self):
         return json.loads(self.read("deploys", "frontend-proxy", "state.json"))
 
@@ -2146,7 +2151,7 @@ class ConfigurationFiles(Sandbox):
         )
 
     def which(self, *args, **options):
-        return self.c2("list-releases", *args, **options).out.strip()
+        return self.c2("list-releases", *args, **options).out.split("  ")[0]
 
     def test_order(self):
         given, env = self.minimal("given.yml", "given"), self.minimal("env.yaml", "env")
@@ -2160,7 +2165,7 @@ class ConfigurationFiles(Sandbox):
         self.assertEqual(self.which(env={"CAMUS2_CONFIG": env}), "env.zip")
         self.assertEqual(self.which("--config", given, env={"CAMUS2_CONFIG": env}), "given.zip")
         ran = self.c2("--config", given, "list-releases", env={"CAMUS2_CONFIG": "/nowhere"})
-        self.assertEqual(ran.out, "given.zip\n")
+        self.assertEqual(ran.out.split("  ")[0], "given.zip")
 
     def test_beside_the_resolved_program(self):
         self.minimal("etc/camus2.json", "json")
@@ -2171,7 +2176,7 @@ class ConfigurationFiles(Sandbox):
             cwd="/",
             stdout=subprocess.PIPE,
         )
-        self.assertEqual((done.returncode, done.stdout), (0, b"json.zip\n"))
+        self.assertEqual((done.returncode, done.stdout.split()[0]), (0, b"json.zip"))
 
     def test_bad_files(self):
         for name, text, words in [
@@ -2721,6 +2726,32 @@ class DerivedText(unittest.TestCase):
         )[0]
         self.state = state(deploy("a"), deploy("b", port=8001), web="b")
 
+    def test_releases(self):
+        releases = [
+            c2.Stored(name, "2026-11-24T12:30:59Z", size)
+            for name, size in [("b.zip", 999), ("longer-1.0.zip", 12345678), ("a.zip", 1000)]
+        ]
+        now = c2.State(
+            {
+                "b": deploy("b", "b.zip"),
+                "x": deploy("x", "a.zip", 8001),
+                "a": deploy("a", "a.zip", 8002),
+            },
+            {"main": "a", "test": "a", "old": "b"},
+        )
+        self.assertEqual(
+            c2.releases_text(releases, now),
+            "b.zip           2026-11-24 12:30 UTC     999 B  runs as b, serves old\n"
+            "longer-1.0.zip  2026-11-24 12:30 UTC   12.3 MB\n"
+            "a.zip           2026-11-24 12:30 UTC    1.0 kB  runs as a, serves main and test; "
+            "runs as x\n",
+        )
+        self.assertEqual(c2.releases_text([], now), "")
+        self.assertEqual(
+            [c2.size_text(n) for n in (0, 999, 1000, 10**6, 10**9, 10**12)],
+            ["0 B", "999 B", "1.0 kB", "1.0 MB", "1.0 GB", "1000.0 GB"],
+        )
+
     def test_compose_file(self):
         text = c2.compose_file(self.config)
         found = json.loads(text)
@@ -2887,8 +2918,44 @@ class LocalStore(Sandbox):
         os.symlink("nowhere", self.path("releases", "dangling.zip"))
         names = ["new.zip", "mid.zip", "a-old.zip", "b-old.zip"]
         ran = self.c2("list-releases")
-        self.assertEqual((ran.out.splitlines(), ran.err), (names, ""))
+        self.assertRegex(
+            ran.out,
+            "^new.zip    2001-09-09 01:46 UTC  [ 0-9]{6} B\nmid.zip    .*\na-old.zip  .*\nb-old.zip  .*\n$",
+        )
+        self.assertEqual((self.listed(), ran.err), (names, ""))
         self.assertEqual(json.loads(self.c2("list-releases", "--json").out), names)
+
+    def test_what_runs(self):
+        self.release("web-1.zip")
+        self.release("web-2.zip")
+        self.release("web-2")
+        os.utime(self.path("releases", "web-2"), (1e9, 1e9))
+        os.utime(self.path("releases", "web-1.zip"), (2e9, 2e9))
+        self.c2("start", "web-2.zip", "shop")
+        self.assertRegex(
+            self.c2("list-releases").out,
+            r"^web-1.zip  2033-05-18 03:33 UTC .* B\nweb-2.zip .* B  runs as shop\nweb-2 .* B\n$",
+        )
+        self.write("deploys/frontend-proxy/state.json", "{")
+        ran = self.c2("list-releases")
+        self.assertRegex(ran.err, "^c2: warning: what runs is not known: .*state.json.*JSON")
+        self.assertEqual(len(ran.out.splitlines()), 3)
+        self.assertEqual(self.c2("list-releases", "--json").err, "")
+
+    def test_without_the_extension(self):
+        self.release("web-1.zip", {"which": "1"})
+        self.c2("start", "web-1")
+        self.assertEqual(self.state()["deploys"]["web-1"]["release"], "web-1.zip")
+        self.c2("unpack", "web-1", "out")
+        self.assertEqual(self.read("out", "which"), "1")
+        self.release("web-1", {"which": "the very name"})
+        self.c2("unpack", "web-1", "out2")
+        self.assertEqual(self.read("out2", "which"), "the very name")
+        self.release("web-2.zip.zip")
+        self.assertIn("no release web-2.zip in", self.c2("start", "web-2.zip", code=1).err)
+        self.assertIn("no release web-3 in", self.c2("start", "web-3", code=1).err)
+        self.c2("start", "web-1.zip", "other")
+        self.assertEqual(list(self.state()["deploys"]), ["other"])
 
     def test_no_store(self):
         shutil.rmtree(self.path("releases"))
@@ -3131,7 +3198,12 @@ class S3Store(Sandbox):
         self.put_release("rel/0.zip")
         for url in (self.bucket.url + "/rel", self.bucket.url + "/rel/"):
             self.configure(releases={"s3": url})
-            self.assertEqual(self.c2("list-releases").out.split(), ["0.zip", "a.zip", "b.zip"])
+            self.assertEqual(self.listed(), ["0.zip", "a.zip", "b.zip"])
+        size = os.path.getsize(self.path("releases", "up.zip"))
+        today = c2.utc_now()[:10]
+        self.assertRegex(
+            self.c2("list-releases").out, r"^0.zip  %s \d\d:\d\d UTC +%d B\n" % (today, size)
+        )
         self.c2("unpack", "a.zip", "out")
         self.assertEqual(self.read("out", "name"), "rel/a.zip")
         ran = self.c2("unpack", "bb.zip", "out2", code=1)
@@ -3139,7 +3211,7 @@ class S3Store(Sandbox):
             "there is no release bb.zip in %s/rel/; did you mean b.zip?" % self.bucket.url, ran.err
         )
         self.configure(releases={"S3": self.bucket.url})
-        self.assertEqual(self.c2("list-releases").out.split(), ["relate.zip"])
+        self.assertEqual(self.listed(), ["relate.zip"])
         self.configure(releases={"s3": self.bucket.url + "/none"})
         self.assertEqual(self.c2("list-releases").out, "")
         self.configure(releases={"s3": self.bucket.url + "-none/x"})
@@ -3152,7 +3224,7 @@ class S3Store(Sandbox):
             "S3_ENDPOINT": os.environ["AWS_ENDPOINT_URL"],
             "AWS_ENDPOINT_URL": "http://127.0.0.1:1",
         }
-        self.assertEqual(self.c2("list-releases", env=env).out, "a.zip\n")
+        self.assertEqual(self.listed(env=env), ["a.zip"])
         ran = self.c2("list-releases", env=dict(env, S3_ENDPOINT="http://127.0.0.1:1"), code=1)
         self.assertRegex(ran.err, "aws s3api .*exit 255: .*Could not connect")
 
@@ -3933,7 +4005,7 @@ class Packing(Sandbox):
         self.c2("pack", "web-1", "releases/web-1.zip")
         self.c2("start", "web-1.zip")
         self.assertEqual(self.read("deploys", "ran"), "runs in web-1\n")
-        self.assertEqual(self.c2("list-releases").out, "web-1.zip\n")
+        self.assertEqual(self.listed(), ["web-1.zip"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4409,7 +4481,7 @@ class NoProxy(OneHost):
         texts.append(self.c2("status", "\x1b[2J", code=2).err)
         listed = self.c2("list-releases").out
         self.assertEqual(
-            sorted(listed.splitlines()),
+            sorted(line.split("  ")[0] for line in listed.splitlines()),
             ["caf\u00e9.zip", "fails.zip", r"odd\nc2.zip", r"odd\nc2: error: \x1b[2J\u202e.zip"],
         )
         texts += [listed, self.c2("list-releases", "--json").out]
@@ -5074,8 +5146,7 @@ class CommandLine(Sandbox):
         self.configure()
         self.write("releases/caf\u00e9.zip", "")
         env = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
-        ran = self.c2("list-releases", env=env, interpreter=True)
-        self.assertEqual(ran.out, "caf\u00e9.zip\n")
+        self.assertEqual(self.listed(env=env, interpreter=True), ["caf\u00e9.zip"])
 
     def test_debug(self):
         self.configure(releases={"localdir": "nowhere"})
@@ -6372,7 +6443,7 @@ services:
             os.utime(
                 self.path("releases", name), (time.time(), time.time() + (name == "test2.zip"))
             )
-        self.assertEqual("test2.zip\ntest1.zip\n", self.c2("list-releases").out)
+        self.assertEqual(["test2.zip", "test1.zip"], self.listed())
         for started, stopped in (("test1.zip", "test1.zip"), ("test2.zip", "test2")):
             begun = self.start_c2("start", started)
             wait_for(
