@@ -5830,8 +5830,8 @@ def read_record(label: str, path: str) -> Record:
         return foreign_record(one_line(f"{label}/state.json"))
     moment = found.st_mtime  # sync sets it to the object's
     if found.st_size > RECORD_BYTES:
-        size = f"the record has {found.st_size >> 20} MB and is not read"
-        return Record(label, moment, None, None, size, [])
+        error = f"the record has {found.st_size >> 20} MB and is not read"
+        return Record(label, moment, None, None, error, [{"message": error}])
     with open(path, encoding="utf-8", errors="replace") as f:
         return decode_record(label, moment, f.read())
 

@@ -8097,6 +8097,16 @@ class FleetWords(unittest.TestCase):
         with self.assertRaisesRegex(c2.C2Error, "^URL: the key deploys stands there twice"):
             c2.decode_master('{"deploys": {}, "connections": {}, "deploys": {}}', "URL")
 
+    def test_a_record_that_is_too_large_to_be_read_is_no_success(self):
+        config = c2.Config(c2.Variant("localdir", "/"))
+        wanted = c2.decode_master(json.dumps(self.STATE), "URL")
+        with tempfile.NamedTemporaryFile() as f:
+            f.truncate(c2.RECORD_BYTES + 1)
+            record = c2.read_record("i", f.name)
+        words = "FAILING: the record has 16 MB and is not read"
+        for asked in (None, c2.asked_by(wanted, ["a"], ["main"])):
+            self.assertEqual(words, c2.slave_problem(config, wanted, record, asked))
+
     def test_complaints(self):
         mode = c2.ProxyMode({e: c2.EndPoint(["x"], None) for e in ("main", "other")})
         config = c2.Config(c2.Variant("localdir", "/"), deploy_mode=mode)
