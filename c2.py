@@ -44,12 +44,14 @@ if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "saf
     del sys.path[0]
 
 import contextlib
+import enum
 import functools
 import json
 import os
 import re
 import signal
 import time
+from itertools import starmap
 from types import MappingProxyType
 from typing import (
     TYPE_CHECKING,
@@ -5712,8 +5714,8 @@ def write_master(host: Host, state: State, etag: str) -> bool:
     return True
 
 
-def change_master(host: Host, decide: Callable[[State], list]) -> tuple:
-    """Change the master state as `decide` says of it; anew on the fresh one when another master was
+def change_master(host: Host, choose: Callable[[State], list]) -> tuple:
+    """Change the master state as `choose` says of it; anew on the fresh one when another master was
     quicker. Returns the state, and the actions that led to it.
     """
     import random
@@ -5725,7 +5727,7 @@ def change_master(host: Host, decide: Callable[[State], list]) -> tuple:
             break  # the last write has arrived, though its answer did not
         if not etag:
             check_forgotten(host.config)
-        actions, new = decide(state), state
+        actions, new = choose(state), state
         for action in actions:
             new = next_state(action, new, utc_now())
         if not actions:
@@ -6116,130 +6118,500 @@ def interface_address(name: str) -> str:
         return socket.inet_ntoa(fcntl.ioctl(s, 0x8915, name.encode()[:15].ljust(40, b"\0"))[20:24])
 
 
-class Failure(NamedTuple):
-    """Something that could not be done: how often, when it is due again (monotonic time), and
-    why.
-    """
+# --------------------------------------------------------------------------------------------------
+# What a machine of the fleet does next: its tasks, what has failed, and the decision, all pure
+# --------------------------------------------------------------------------------------------------
 
-    count: int
-    due: float
+
+class Chore(enum.Enum):
+    """A task for the machine as a whole."""
+
+    RECOVER = "finish or roll back what was killed"
+    CONFIGURE = "take over a changed configuration"
+    FINISH_BOOT = "record that all that the last boot ended has been started again"
+    KEEP_PROXY = "make the proxy serve this machine's state, and run if it does not"
+
+
+class Unblock(NamedTuple):
+    """Try the recovery again that blocks a label."""
+
+    label: str
+
+
+class TryRelease(NamedTuple):
+    """See whether a release can be had, before an endpoint is disconnected for it."""
+
+    deploy: Deploy
+
+
+Key = Tuple[type, Any]  # a task's type belongs to it: tuples of two types may be equal
+
+
+def failure_key(task: Any) -> Key:
+    """What the failure of a task is kept under: a deploy that does not start is one, beside or in
+    place of another, and a stop, forced or not.
+    """
+    if isinstance(task, Replace):
+        task = Create(task.deploy)
+    elif isinstance(task, Destroy):
+        task = Destroy(task.deploy)
+    return type(task), task
+
+
+def task_subject(task: Any) -> Dict[str, str]:
+    """The deploy and the endpoint that a task is about; {}: the whole machine."""
+    if isinstance(task, Chore):
+        return {}
+    if isinstance(task, Unblock):
+        return {"deploy": task.label}
+    if isinstance(task, TryRelease):
+        return {"deploy": task.deploy.label}
+    return {n: v for n, v in log_fields(task).items() if n in ("deploy", "endpoint")}
+
+
+class Failure(NamedTuple):
+    times: int
+    due: float  # by the clock of Retries
     reason: str
 
 
-def failure_key(action: Any) -> Any:
-    """What the failure of an action is kept under: a deploy that does not start is one, beside or
-    in place of another.
+def retry_pause(task: Any, times: int) -> float:
+    import random
+
+    # without the proxy nothing is served
+    longest = HEARTBEAT_SECS if task is Chore.KEEP_PROXY else RETRY_MAX_SECS
+    return min(RETRY_SECS * 2 ** (times - 1), longest) * random.uniform(0.8, 1.2)
+
+
+class Retries:
+    """What has failed and not succeeded since; each is due again after a pause that doubles."""
+
+    def __init__(self, log: Log, clock: Callable[[], float] = time.monotonic) -> None:
+        self.log = log
+        self.clock = clock
+        self.failures = {}  # type: Dict[Key, Failure]
+        self.begin_round()
+
+    def begin_round(self) -> None:
+        self.began = self.clock()
+        self.done = set()  # type: Set[Key]
+
+    def attempt(self, task: Any, function: Callable, *args: Any) -> bool:
+        """Call the function that does a task; tells whether it succeeded."""
+        key = failure_key(task)
+        try:
+            function(*args)
+        except (C2Error, OSError) as e:
+            times = self.failures[key].times + 1 if key in self.failures else 1
+            self.failures[key] = Failure(times, self.clock() + retry_pause(task, times), str(e))
+            self.log.warn("slave", str(e))
+            return False
+        self.failures.pop(key, None)
+        self.done.add(key)
+        return True
+
+    def keep(self, keys: Set[Key]) -> None:
+        """Forget the failures of what is not to be done any more."""
+        self.failures = {key: f for key, f in self.failures.items() if key in keys}
+
+
+class Observed(NamedTuple):
+    """What a machine's next task is decided from."""
+
+    end_points: Collection[str]
+    master: Optional[State]  # None while it can't be read
+    state: State
+    done: Set[Key]  # in this round
+    blocked: List[str] = []  # labels whose recovery has failed
+    rebooted: bool = False  # and not all is started again
+    down: List[Deploy] = []  # which do not listen; asked only after a reboot
+    proxy: bool = True  # whether there is to be one
+    disconnected: Dict[str, str] = {}  # for a replacement: ENDPOINT -> the label that it had
+
+
+def next_actions(observed: Observed, backing_off: Callable[[Any], bool]) -> List[Any]:
+    """The tasks from this machine's state to the master's that are feasible now.
+
+    An endpoint that was disconnected for a replacement which can't be had is connected again first;
+    what it was connected to stays until that is done. None is disconnected before all releases
+    have been tried that endpoints are disconnected for.
     """
-    return Create(action.deploy) if isinstance(action, Replace) else action
+    end_points, master, state = observed.end_points, observed.master, observed.state
+    actions = feasible(end_points, state, master, backing_off)
+    after = state
+    for action in actions:
+        after = next_state(action, after)
+    cut_off = {e: n for e, n in observed.disconnected.items() if e not in after.connections}
+    reconnections = [Connect(e, n) for e, n in cut_off.items() if not backing_off(Connect(e, n))]
+    if reconnections:
+        return reconnections
+
+    def is_held(action: Any) -> bool:
+        old = action.deploy if isinstance(action, Destroy) else getattr(action, "old", None)
+        return backing_off(action) or old is not None and old.label in cut_off.values()
+
+    if cut_off:
+        actions = feasible(end_points, state, master, is_held)
+    targets = [
+        master.deploys[master.connections[action.end_point]]
+        for action in actions
+        if is_outage(end_points, action, master)
+    ]
+    trials = [t for t in map(TryRelease, targets) if failure_key(t) not in observed.done]
+    return trials or actions
 
 
-def failure_subject(key: Any) -> Dict[str, str]:
-    """The deploy and the endpoint that a failure is about; {}: the whole machine."""
-    if isinstance(key, str):
-        return {"deploy": os.path.basename(key)[: -len(".json")]} if "/" in key else {}
-    return {n: v for n, v in log_fields(key).items() if n in ("deploy", "endpoint")}
+def with_force(action: Any, failures: Dict[Key, Failure]) -> Any:
+    """Force a stop that has failed STOP_TRIES times."""
+    failure = failures.get(failure_key(action))
+    if isinstance(action, Destroy) and failure and failure.times >= STOP_TRIES:
+        return action._replace(force=True)
+    return action
+
+
+def decide(observed: Observed, failures: Dict[Key, Failure], now: float) -> List[Any]:
+    """What a machine does next: tasks, up to the first that fails; none until a failure is due.
+
+    now: when the round began, so that what fails in it is not tried twice.
+    """
+
+    def waits(task: Any) -> bool:
+        key = failure_key(task)
+        return key in failures and failures[key].due > now
+
+    def backing_off(action: Any) -> bool:
+        if isinstance(action, (Connect, Disconnect)):
+            return waits(action)
+        labels = {action.deploy.label, getattr(action, "old", action.deploy).label}
+        creates = isinstance(action, (Create, Replace))
+        return (
+            waits(action)
+            or creates
+            and waits(TryRelease(action.deploy))
+            or not labels.isdisjoint(observed.blocked)
+        )
+
+    restarts = [Restart(deploy) for deploy in observed.down]
+    tasks = [Chore.CONFIGURE]  # type: List[Any]
+    tasks += [Unblock(name) for name in observed.blocked]
+    tasks += [restart for restart in restarts if not backing_off(restart)]
+    if observed.rebooted and all(failure_key(r) in observed.done for r in restarts):
+        tasks.append(Chore.FINISH_BOOT)
+    if observed.proxy:
+        tasks.append(Chore.KEEP_PROXY)
+    for task in tasks:
+        if failure_key(task) not in observed.done and not waits(task):
+            return [task]
+    actions = next_actions(observed, backing_off) if observed.master else []
+    if actions:
+        return [with_force(action, failures) for action in actions]
+    connected = observed.state.connections
+    not_ready = [task for kind, task in failures if kind is Connect and not waits(task)]
+    return [task for task in not_ready if connected.get(task.end_point) == task.label]
+
+
+def still_disconnected(
+    disconnected: Dict[str, str], state: State, master: Optional[State]
+) -> Dict[str, str]:
+    """What of the endpoints that were disconnected for a replacement could be connected again."""
+    return {
+        end_point: name
+        for end_point, name in disconnected.items()
+        if end_point not in state.connections
+        and name in state.deploys
+        and (not master or end_point in master.connections)
+    }
+
+
+def do_tasks(
+    retries: Retries, observe: Callable[[], Observed], do: Callable[[Any, Observed], None]
+) -> None:
+    """Do what is decided, and decide anew, until nothing can be done in this round."""
+    while True:
+        observed = observe()
+        tasks = decide(observed, retries.failures, retries.began)
+        if not tasks:
+            return
+        for task in tasks:
+            if not retries.attempt(task, do, task, observed):
+                break
+
+
+def unfinished(observed: Observed) -> Set[Key]:
+    """The keys of all tasks that are still to be done, also of those that wait for others."""
+    state, master = observed.state, observed.master
+    tasks = [Chore.RECOVER, Chore.CONFIGURE, Chore.FINISH_BOOT]  # type: List[Any]
+    tasks += [Unblock(name) for name in observed.blocked]
+    tasks += [Restart(deploy) for deploy in observed.down]
+    tasks += [Chore.KEEP_PROXY] if observed.proxy else []
+    tasks += [Connect(e, name) for e, name in state.connections.items()]  # not ready, it may be
+    tasks += starmap(Connect, observed.disconnected.items())
+    if master:
+        actions = plan(observed.end_points, state, master)
+        tasks += actions
+        tasks += [TryRelease(a.deploy) for a in actions if isinstance(a, (Create, Replace))]
+        tasks += [Destroy(d) for d in state.deploys.values() if master.deploys.get(d.label) != d]
+    return {failure_key(task) for task in tasks}
+
+
+# --------------------------------------------------------------------------------------------------
+# A machine of the fleet: it observes, decides, acts and reports
+# --------------------------------------------------------------------------------------------------
+
+
+def slave_record(host: Host, problems: List[Dict[str, str]]) -> dict:
+    """What a machine tells the fleet of itself."""
+    import socket
+
+    config, name, address = host.config, host.config.proxy.slave_interface_name, ""
+    try:
+        address = interface_address(name)
+    except OSError as e:
+        why = f"the interface {name} (slaveInterfaceName) has no IPv4 address: {e.strerror}"
+        problems = [*problems, {"message": why}]
+    try:
+        state = load_state(config)
+    except C2Error:
+        state = State()
+    problems = [dict(p, message=masked(p["message"], host.log.secrets)) for p in problems]
+    error = "; ".join(p["message"] for p in problems)
+    return {
+        "status": {"error": error} if error else "ok",
+        "ipAddress": address,
+        "hostName": socket.gethostname(),
+        "state": encode(state),
+        "problems": problems,
+    }
+
+
+class Reporter:
+    """Writes this machine's record: when it has changed, and every minute all the same."""
+
+    def __init__(self, host: Host, label: str) -> None:
+        import threading
+
+        self.host = host
+        self.label = label
+        self.written = None  # type: Optional[dict]
+        self.lock = threading.Lock()  # the heartbeat has a thread of its own
+
+    def report(self, problems: List[Dict[str, str]], anyway: bool = False) -> None:
+        """Write the record, if it has changed or anyway."""
+        record = slave_record(self.host, problems)
+        with self.lock:
+            if record == self.written and not anyway:
+                return
+            url = remote_url(self.host.config, "slaves", self.label, "state.json")
+            try:
+                put_object(url, record)
+                self.written = record
+            except (C2Error, OSError) as e:
+                self.host.log.warn("record", f"this machine's record can't be written: {e}")
+
+
+def survive(log: Log, function: Callable, *args: Any) -> None:
+    """Call a function; whatever goes wrong, a machine that nobody looks after goes on."""
+    try:
+        function(*args)
+    except Exception as e:
+        log.warn("slave", problem_of(e)[0])
+
+
+def heartbeat(log: Log, beat: Callable[[], None], sleep: Callable = time.sleep) -> None:
+    """Call `beat` every minute, for ever; also while an action takes its time."""
+    while True:
+        sleep(HEARTBEAT_SECS)
+        survive(log, beat)
+
+
+def require_port(action: Any) -> None:
+    """Raise when something else holds the port that a deploy is to get; what was just stopped gets
+    a moment.
+    """
+    deploy = action.deploy
+    if isinstance(action, Replace) and action.old.port == deploy.port:
+        return
+    if all(port_taken(deploy.port) for _ in attempts(PORT_GRACE_SECS, 0.1)):
+        raise C2Error(
+            f"{deploy.label}: another program on this machine holds port {deploy.port}, which "
+            "the master gave to it; end that program, or start the release under another label"
+        )
+
+
+def apply_action(host: Host, action: Any, state: State) -> None:
+    """Apply one action; raises when it fails, and when it succeeds in connecting what is not
+    ready.
+    """
+    if isinstance(action, (Create, Replace)):
+        require_port(action)
+    problem = None
+    if isinstance(action, Connect):
+        deploy = state.deploys[action.label]
+        problem = check_ready(host, state, action.end_point, deploy, False)
+    if not problem or state.connections.get(action.end_point) != action.label:
+        apply_actions(host, [action], state)
+    if problem:
+        raise C2Error(f"{problem}, though {action.end_point} is connected to it")
+
+
+def try_release(host: Host, deploy: Deploy) -> None:
+    """Raise when a release can't be had or is not in order; run nothing of it."""
+    staging = host.config.path(".staging", deploy.label)
+    make_dir(os.path.dirname(staging), 0o711)
+    try:
+        fetch_context(host)
+        prepare_release(host, deploy.release, staging, deploy_context(host, deploy))
+        check_project(host, deploy, staging, quiet=True)
+    finally:
+        remove(staging)
 
 
 class Slave:
     """A machine of a fleet, and what its `slave-update` remembers from round to round."""
 
-    def __init__(self, host: Host, given: Optional[str]) -> None:
-        import threading
-
-        self.given, self.problems = given, []  # type: Optional[str], List[Dict[str, str]]
-        self.failures, self.tried = {}, set()  # type: Dict[Any, Failure], set
-        self.seen = self.master = None  # the master's document, and what it says
-        self.first, self.full_at, self.lost = True, 0.0, 0
+    def __init__(
+        self, host: Host, config_path: Optional[str], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.config_path = config_path
+        self.retries = Retries(host.log, clock)
+        self.document = None  # type: Optional[str]  # the master's
+        self.master = None  # type: Optional[State]  # what it says
+        self.missed_polls = 0
+        self.started = False  # the first full round is over
+        self.next_full_round = 0.0
+        self.disconnected = {}  # type: Dict[str, str]
+        self.problems = []  # type: List[Dict[str, str]]
         self.serving = False  # the proxy's port was open after the last full round
         self.restarts = None  # type: Optional[int]  # of the proxy's container when it ran last
-        self.lock = threading.Lock()
-        self.take(host)
-        threading.Thread(target=self.heartbeat, daemon=True).start()
+        self.configure(host)
 
-    def take(self, host: Host) -> None:
+    def configure(self, host: Host) -> None:
         """Work with this configuration; raises, and changes nothing, when it does not tell the
         label.
         """
         limit = host.config.command_timeout_secs
-        self.label = slave_label(host.config.proxy)
-        self.host = host._replace(command_timeout=SLAVE_TIMEOUT_SECS if limit is None else limit)
-        self.poll, self.written = Poll(host.log, master_url(host.config)), None
+        host = host._replace(command_timeout=SLAVE_TIMEOUT_SECS if limit is None else limit)
+        self.reporter = Reporter(host, slave_label(host.config.proxy))
+        self.host = host
+        self.poll = Poll(host.log, master_url(host.config))
 
     def round(self) -> List[Dict[str, str]]:
         """Make this machine what the master state says, as far as that can be done now, and report;
         returns what is wrong.
         """
-        news, now = False, time.monotonic()
-        problems = (
-            self.locking(self.restart) if self.first else []
-        )  # a reboot's work waits for no S3
+        self.retries.begin_round()
+        reasons = []  # type: List[str]
+        if not self.started:  # a reboot's work waits for no S3
+            self.retries.done.add(failure_key(Chore.CONFIGURE))
+            reasons = self.reconcile(None)
+        master, news = None, False
         try:
-            news, self.lost = self.look(), 0
+            news = self.look()
+            master = self.master
+            self.missed_polls = 0
         except (C2Error, OSError) as e:
-            self.lost += 1
-            problems.append(f"{e}; nothing is changed here")
-        due = now >= self.full_at or any(f.due <= now for f in self.failures.values())
-        if news or due or self.serving and not listening(self.host.config.proxy.http_port):
-            troubles = self.locking(self.work, None if problems else self.master)
-            self.full_at = 0.0 if troubles else now + HEARTBEAT_SECS
-            self.first = bool(troubles)
-            problems += troubles
-        for problem in problems:
-            self.host.log.warn("slave", problem)
-        self.problems = [{"message": problem} for problem in problems] + [
-            dict(failure_subject(key), message=f.reason) for key, f in self.failures.items()
+            self.missed_polls += 1
+            reasons.append(f"{e}; nothing is changed here")
+        times = [self.next_full_round, *(f.due for f in self.retries.failures.values())]
+        proxy_died = self.serving and not listening(self.host.config.proxy.http_port)
+        if news or proxy_died or min(times) <= self.retries.began:
+            refusals = self.reconcile(master)
+            self.started = not refusals
+            self.next_full_round = self.retries.began + HEARTBEAT_SECS if self.started else 0.0
+            reasons += refusals
+        for reason in reasons:
+            self.host.log.warn("slave", reason)
+        self.problems = [{"message": reason} for reason in reasons] + [
+            dict(task_subject(task), message=failure.reason)
+            for (_, task), failure in self.retries.failures.items()
         ]
-        self.report()
+        self.reporter.report(self.problems)
         return self.problems
-
-    def locking(self, function: Callable, *args: Any) -> List[str]:
-        """Call a function with the host's lock; returns what was wrong."""
-        try:
-            with locked(self.host, 60, verb="slave-update"):
-                self.tried = set()
-                function(*args)
-            return []
-        except (C2Error, OSError) as e:
-            return [str(e)]
 
     def look(self) -> bool:
         """Read the master state; tells whether it is another one than before."""
         url = master_url(self.host.config)
         try:
-            source = self.poll.read()
+            document = self.poll.read()
         except Missing:
             if load_state(self.host.config).deploys:
                 raise C2Error(f"{url} is not there, though this machine runs deploys") from None
-            source = None  # a fleet that has nothing to run yet
-        if source == self.seen and self.master:
+            document = None  # a fleet that has nothing to run yet
+        if document == self.document and self.master:
             return False
-        self.master = State() if source is None else decode_master(source, url)
-        self.seen = source
+        self.master = State() if document is None else decode_master(document, url)
+        self.document = document
         return True
 
-    def work(self, master: Optional[State]) -> None:
-        """With the lock: put right what was killed, start what a reboot has ended, then follow the
-        master.
-        """
-        self.host.log.begin_round()
-        if not self.first:
-            self.attempt("config", self.reload)
+    def reconcile(self, master: Optional[State]) -> List[str]:
+        """With the host's lock, do what is to be done; returns why that was not possible."""
+        try:
+            with locked(self.host, 60, verb="slave-update"):
+                self.host.log.begin_round()
+                try:
+                    do_tasks(self.retries, lambda: self.observe(master), self.perform)
+                except Interrupted:
+                    observed = self.observe(master)
+                    for task in starmap(Connect, observed.disconnected.items()):
+                        self.retries.attempt(task, self.perform, task, observed)
+                    raise
+                observed = self.observe(master)._replace(master=self.master)
+                self.retries.keep(unfinished(observed))
+                self.serving = listening(self.host.config.proxy.http_port)
+            return []
+        except (C2Error, OSError) as e:
+            return [str(e)]
+
+    def observe(self, master: Optional[State]) -> Observed:
+        """See what there is, with what was killed finished or rolled back."""
+        self.retries.attempt(Chore.RECOVER, recover, self.host)
+        config = self.host.config
+        state = load_state(config)
+        rebooted = read_file(config.proxy_path("boot")) != boot_id()
+        deploys = sorted(state.deploys.values()) if rebooted else []
+        self.disconnected = still_disconnected(self.disconnected, state, master)
+        return Observed(
+            config.end_points,
+            master,
+            state,
+            self.retries.done,
+            blocked=[name[: -len(".json")] for name in list_dir(config.proxy_path("blocked"))],
+            rebooted=rebooted,
+            down=[deploy for deploy in deploys if not listening(deploy.port)],
+            proxy=bool(state.connections)
+            or os.path.exists(config.proxy_path("docker-compose.yml")),
+            disconnected=self.disconnected,
+        )
+
+    def perform(self, task: Any, observed: Observed) -> None:
+        """Do a task; raises when it fails."""
         host = self.host
-        for name in list_dir(host.config.proxy_path("blocked")):
-            self.attempt(
-                host.config.proxy_path("blocked", name), retry_blocked, host, name[: -len(".json")]
-            )
-        self.restart()
-        if master:
-            self.follow(master)
         state = load_state(host.config)
-        for action in [a for a in self.failures if isinstance(a, Connect)]:
-            if state.connections.get(action.end_point) == action.label:
-                self.attempt(action, self.perform, action, state)  # connected, but deaf
-        if state.connections or os.path.exists(host.config.proxy_path("docker-compose.yml")):
-            self.attempt("proxy", self.keep_proxy, state)
-        self.serving = listening(host.config.proxy.http_port)
-        self.forget(master, state)
+        if task is Chore.CONFIGURE:
+            config = load_config(self.config_path, lambda message: None)
+            require_remote(config, "slave-update")
+            if config != host.config:
+                host.log.info("config", "the configuration has changed")
+                self.configure(host._replace(config=config))
+        elif isinstance(task, Unblock):
+            retry_blocked(host, task.label)
+        elif task is Chore.FINISH_BOOT:
+            replace_file(host.config.proxy_path("boot"), boot_id())
+        elif task is Chore.KEEP_PROXY:
+            self.keep_proxy(state)
+        elif isinstance(task, TryRelease):
+            try_release(host, task.deploy)
+        else:
+            master = observed.master or state
+            if is_outage(observed.end_points, task, master):
+                self.disconnected[task.end_point] = state.connections[task.end_point]
+                host.log.warn(
+                    "outage",
+                    f"{task.end_point} answers 503 until {master.connections[task.end_point]} "
+                    "runs, whose label or port is still held by what is connected",
+                    endpoint=task.end_point,
+                )
+            apply_action(host, task, state)
 
     def keep_proxy(self, state: State) -> None:
         """Make the proxy serve `state`, and run if it does not. That it had died is a failure also
@@ -6259,239 +6631,6 @@ class Slave:
         self.restarts = found.restarts
         if death:
             raise C2Error(f"{death}; it runs again")
-
-    def recover(self) -> None:
-        """Put right what was killed, or could not be taken back; before the next action takes the
-        journal.
-        """
-        try:
-            recover(self.host)
-        except (C2Error, OSError) as e:
-            self.failed("recovery", e)
-
-    def reload(self) -> None:
-        """Take over a changed configuration."""
-        config = load_config(self.given, lambda message: None)
-        require_remote(config, "slave-update")
-        if config != self.host.config:
-            self.host.log.info("config", "the configuration has changed")
-            self.take(self.host._replace(config=config))
-
-    def restart(self) -> None:
-        """After a reboot: start again what should run and does not."""
-        host, path = self.host, self.host.config.proxy_path("boot")
-        self.recover()
-        if read_file(path) == boot_id():
-            return
-        for _, deploy in sorted(load_state(host.config).deploys.items()):
-            if not listening(deploy.port) and not self.backing_off(Restart(deploy)):
-                self.attempt(
-                    Restart(deploy), self.perform, Restart(deploy), load_state(host.config)
-                )
-        if not any(isinstance(key, Restart) for key in self.failures):
-            replace_file(path, boot_id())
-
-    def follow(self, master: State) -> None:
-        """Do what can be done to get from this machine's state to the master's; anew when something
-        fails.
-        """
-        config, actions, seen = self.host.config, [None], set()
-        while actions:
-            actions = feasible(config.end_points, load_state(config), master, self.backing_off)
-            if self.rehearse(actions, master, seen):
-                self.follow_plan(actions, master)
-
-    def follow_plan(self, actions: list, master: State) -> None:
-        """Carry out actions up to the first that fails; then an endpoint that was cut off is put
-        back.
-        """
-        config, cut = self.host.config, {}
-        try:
-            for action in actions:
-                state = load_state(config)
-                if is_outage(config.end_points, action, master):
-                    cut[action.end_point] = state.connections[action.end_point]
-                    self.host.log.warn(
-                        "outage",
-                        f"{action.end_point} answers 503 until "
-                        f"{master.connections[action.end_point]} runs, whose label or port is "
-                        "still held by what is connected",
-                        endpoint=action.end_point,
-                    )
-                done = self.attempt(failure_key(action), self.perform, action, state)
-                self.recover()
-                if not done:
-                    break
-        finally:
-            for end_point, name in cut.items():
-                state = load_state(config)
-                if end_point not in state.connections and name in state.deploys:
-                    back = Connect(end_point, name)
-                    self.attempt(back, self.perform, back, state)
-
-    def rehearse(self, actions: list, master: State, seen: set) -> bool:
-        """See, before endpoints are cut off, whether the releases that they are to have can be had
-        at all.
-        """
-        config = self.host.config
-        wanted = [
-            master.connections[a.end_point]
-            for a in actions
-            if is_outage(config.end_points, a, master)
-        ]
-        for action in actions:
-            key = failure_key(action)
-            if isinstance(key, Create) and key.deploy.label in wanted and key not in seen:
-                seen.add(key)
-                try:
-                    rehearse(self.host, key.deploy)
-                except (C2Error, OSError) as e:
-                    self.failed(key, e)
-                    return False
-        return True
-
-    def perform(self, action: Any, state: State) -> None:
-        """Carry out one action; raises when it fails, and when it succeeds in connecting a deaf
-        deploy.
-        """
-        if isinstance(action, (Create, Replace)):
-            require_port(action)
-        if isinstance(action, Destroy) and action in self.failures:
-            action = action._replace(force=self.failures[action].count >= STOP_TRIES)
-        problem = None
-        if isinstance(action, Connect):
-            problem = check_ready(
-                self.host, state, action.end_point, state.deploys[action.label], False
-            )
-        if not problem or state.connections.get(action.end_point) != action.label:
-            apply_actions(self.host, [action], state)
-        if problem:
-            raise C2Error(f"{problem}, though {action.end_point} is connected to it")
-
-    def attempt(self, key: Any, function: Callable, *args: Any) -> bool:
-        """Call a function unless `key` has failed and is not due again; a failure is kept under it.
-        Tells whether it was done.
-        """
-        if self.waits(key):
-            return False
-        try:
-            function(*args)
-        except (C2Error, OSError) as e:
-            self.failed(key, e)
-            return False
-        self.failures.pop(key, None)
-        return True
-
-    def failed(self, key: Any, why: Exception) -> None:
-        import random
-
-        count = self.failures[key].count + 1 if key in self.failures else 1
-        most = HEARTBEAT_SECS if key == "proxy" else RETRY_MAX_SECS  # without it nothing is served
-        pause = min(RETRY_SECS * 2 ** (count - 1), most) * random.uniform(0.8, 1.2)
-        self.failures[key] = Failure(count, time.monotonic() + pause, str(why))
-        self.tried.add(key)
-        self.host.log.warn("slave", str(why))
-
-    def waits(self, key: Any) -> bool:
-        return (
-            key in self.tried or key in self.failures and self.failures[key].due > time.monotonic()
-        )
-
-    def backing_off(self, action: Any) -> bool:
-        subject = getattr(action, "end_point", None) or action.deploy.label
-        blocked = self.host.config.proxy_path("blocked", f"{subject}.json")
-        return self.waits(failure_key(action)) or os.path.exists(blocked)
-
-    def forget(self, master: Optional[State], state: State) -> None:
-        """Drop the failures of what is not to be done any more."""
-        if master:
-            planned = [failure_key(a) for a in plan(self.host.config.end_points, state, master)]
-            planned += [
-                Destroy(d) for d in state.deploys.values() if master.deploys.get(d.label) != d
-            ]
-
-        def lasts(key: Any) -> bool:
-            if isinstance(key, Restart):
-                return key.deploy in state.deploys.values() and not listening(key.deploy.port)
-            if isinstance(key, str):
-                return os.path.exists(key) if "/" in key else key != "recovery" or key in self.tried
-            deaf = isinstance(key, Connect) and state.connections.get(key.end_point) == key.label
-            return not master or deaf or key in planned
-
-        self.failures = {key: failure for key, failure in self.failures.items() if lasts(key)}
-
-    def report(self, anyway: bool = False) -> None:
-        """Write this machine's record, if it has changed or anyway."""
-        import socket
-
-        config, problems, address = self.host.config, list(self.problems), ""
-        name = config.proxy.slave_interface_name
-        try:
-            address = interface_address(name)
-        except OSError as e:
-            why = f"the interface {name} (slaveInterfaceName) has no IPv4 address: {e.strerror}"
-            problems.append({"message": why})
-        try:
-            state = load_state(config)
-        except C2Error:
-            state = State()
-        secrets = self.host.log.secrets
-        problems = [dict(p, message=masked(p["message"], secrets)) for p in problems]
-        error = "; ".join(p["message"] for p in problems)
-        record = {
-            "status": {"error": error} if error else "ok",
-            "ipAddress": address,
-            "hostName": socket.gethostname(),
-            "state": encode(state),
-            "problems": problems,
-        }
-        with self.lock:
-            if record == self.written and not anyway:
-                return
-            try:
-                put_object(remote_url(config, "slaves", self.label, "state.json"), record)
-                self.written = record
-            except (C2Error, OSError) as e:
-                self.host.log.warn("record", f"this machine's record can't be written: {e}")
-
-    def heartbeat(self) -> None:
-        """Write the record every minute, also while an action takes its time."""
-        while True:
-            time.sleep(HEARTBEAT_SECS)
-            self.survive(self.report, True)
-
-    def survive(self, function: Callable, *args: Any) -> None:
-        """Call a function; whatever goes wrong, a machine that nobody looks after goes on."""
-        try:
-            function(*args)
-        except Exception as e:
-            self.host.log.warn("slave", problem_of(e)[0])
-
-
-def rehearse(host: Host, deploy: Deploy) -> None:
-    """Raise when a release can't be had or is not in order; run nothing of it."""
-    staging = host.config.path(".staging", deploy.label)
-    make_dir(os.path.dirname(staging), 0o711)
-    try:
-        fetch_context(host)
-        prepare_release(host, deploy.release, staging, deploy_context(host, deploy))
-        check_project(host, deploy, staging, quiet=True)
-    finally:
-        remove(staging)
-
-
-def require_port(action: Any) -> None:
-    """Raise when something else holds the port that a deploy is to get; what was just stopped gets
-    a moment.
-    """
-    deploy, deadline = action.deploy, time.monotonic() + PORT_GRACE_SECS
-    while deploy.port != getattr(action, "old", Deploy("", "", 0)).port and port_taken(deploy.port):
-        if time.monotonic() > deadline:
-            raise C2Error(
-                f"{deploy.label}: another program on this machine holds port {deploy.port}, which "
-                "the master gave to it; end that program, or start the release under another label"
-            )
-        time.sleep(0.1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -6578,7 +6717,7 @@ def require_proxy(config: Config, what: str) -> None:
 def change_state(
     host: Host,
     args: "Namespace",
-    decide: Callable[[State], Sequence[Action]],
+    choose: Callable[[State], Sequence[Action]],
     subject: Callable[[State], str] = lambda state: "",
     **about: Any,
 ) -> None:
@@ -6588,7 +6727,7 @@ def change_state(
     holder, and with the actions what `--wait` waits for.
     """
     if host.config.remote:
-        state, actions = change_master(host, decide)
+        state, actions = change_master(host, choose)
         if args.wait is not None:
             subjects = [about, *map(log_fields, actions)]
             labels = {a["deploy"] for a in subjects if "deploy" in a}
@@ -6598,7 +6737,7 @@ def change_state(
     with changing(host, args.lock_wait, **dict({"verb": args.command}, **about)):
         retry_blocked(host, subject(host_state(host.config)))
         state = host_state(host.config)
-        apply_actions(host, decide(state), state)
+        apply_actions(host, choose(state), state)
 
 
 def start_release(host: Host, args: "Namespace", release: str, name: str) -> None:
@@ -6617,7 +6756,7 @@ def start_release(host: Host, args: "Namespace", release: str, name: str) -> Non
             lambda port: port in ports or not remote and port_taken(port),
         )
 
-    def decide(state: State) -> List[Action]:
+    def choose(state: State) -> List[Action]:
         deploy = state.deploys.get(name)
         if not deploy or deploy.release != release or deploy.has_port != config.has_proxy:
             deploy = Deploy(name, release, allocate_port(state) if config.has_proxy else 0)
@@ -6626,7 +6765,7 @@ def start_release(host: Host, args: "Namespace", release: str, name: str) -> Non
             say(f"{name} ({release}) runs already, on port {deploy.port}")
         return actions
 
-    change_state(host, args, decide, lambda state: name, verb="start", deploy=name, release=release)
+    change_state(host, args, choose, lambda state: name, verb="start", deploy=name, release=release)
 
 
 @subcommand(
@@ -6697,7 +6836,7 @@ def connect(
     """Point an endpoint at the deploy that `target` finds in the state."""
     config = host.config
 
-    def decide(state: State) -> List[Action]:
+    def choose(state: State) -> List[Action]:
         deploy = target(state)
         if not deploy.has_port:
             raise Refused(
@@ -6714,7 +6853,7 @@ def connect(
             )
         return [Connect(end_point, deploy.label)]
 
-    change_state(host, args, decide, lambda state: target(state).label, endpoint=end_point)
+    change_state(host, args, choose, lambda state: target(state).label, endpoint=end_point)
     problem = status_certificates(config).get(end_point)
     if isinstance(problem, str):
         host.log.warn("certificate", f"{end_point}: {problem}", endpoint=end_point)
@@ -6746,12 +6885,12 @@ def cmd_disconnect(host: Host, args: "Namespace") -> None:
     require_proxy(host.config, "disconnect")
     end_point = args.end_point
 
-    def decide(state: State) -> List[Action]:
+    def choose(state: State) -> List[Action]:
         if end_point not in state.connections:  # one may be connected that is configured no more
             find_end_point(host.config, end_point)
         return [Disconnect(end_point)]
 
-    change_state(host, args, decide, endpoint=end_point)
+    change_state(host, args, choose, endpoint=end_point)
 
 
 @subcommand(
@@ -6847,20 +6986,21 @@ def cmd_wait(host: Host, args: "Namespace") -> None:
 )
 def cmd_slave_update(host: Host, args: "Namespace") -> None:
     import random
+    import threading
 
     require_remote(host.config, "slave-update")
     slave = Slave(host, getattr(args, "config", None))
+    beat = lambda: slave.reporter.report(slave.problems, anyway=True)  # noqa: E731
+    threading.Thread(target=heartbeat, args=(host.log, beat), daemon=True).start()
     while args.repeat:
-        slave.survive(slave.round)
-        lost = min(
-            slave.lost, 10
-        )  # rounds without the master's state: asked for less and less often
-        pause = min(args.repeat * 2**lost, max(args.repeat, HEARTBEAT_SECS))
+        survive(host.log, slave.round)
+        missed = min(slave.missed_polls, 10)  # then the master's state is asked for less often
+        pause = min(args.repeat * 2**missed, max(args.repeat, HEARTBEAT_SECS))
         time.sleep(pause * random.uniform(0.8, 1.2))
     problems = slave.round()
     if problems:
         raise C2Error("; ".join(p["message"] for p in problems))
-    host.log.info("slave", f"{slave.label} is what {master_url(host.config)} says")
+    host.log.info("slave", f"{slave.reporter.label} is what {master_url(host.config)} says")
 
 
 @subcommand("remove the records of slaves that are gone for 5 minutes", "c2 slave-flush")

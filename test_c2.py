@@ -5188,7 +5188,7 @@ class TheFileItself(unittest.TestCase):
         self.assertLessEqual(
             names,
             set(
-                "argparse base64 collections contextlib ctypes difflib errno fcntl functools hashlib http itertools json "
+                "argparse base64 collections contextlib ctypes difflib enum errno fcntl functools hashlib http itertools json "
                 "os pwd random re select shlex shutil signal socket ssl stat string struct subprocess sys time "
                 "tempfile threading traceback types typing urllib zipfile zlib".split()
             ),
@@ -5218,8 +5218,6 @@ class TheFileItself(unittest.TestCase):
     # Of what is being written anew; goes when that has landed.
     KNOWN_NAMES = frozenset()
     KNOWN = {
-        "Slave uses rehearse",
-        "Slave uses require_port",
         "change_master uses check_forgotten",
         "check_forgotten uses read_records",
         "read_record uses decode_record",
@@ -8212,16 +8210,17 @@ class FleetWords(unittest.TestCase):
 
     def test_subjects(self):
         a = c2.Deploy("a", "a.zip", 1)
-        for key, subject in (
+        for step, subject in (
             (c2.Create(a), {"deploy": "a"}),
             (c2.Destroy(a), {"deploy": "a"}),
             (c2.Restart(a), {"deploy": "a"}),
             (c2.Connect("main", "a"), {"endpoint": "main", "deploy": "a"}),
             (c2.Disconnect("main"), {"endpoint": "main"}),
-            ("/opt/deploys/frontend-proxy/blocked/a.json", {"deploy": "a"}),
-            ("proxy", {}),
+            (c2.TryRelease(a), {"deploy": "a"}),
+            (c2.Unblock("a"), {"deploy": "a"}),
+            (c2.Chore.KEEP_PROXY, {}),
         ):
-            self.assertEqual(subject, c2.failure_subject(key))
+            self.assertEqual(subject, c2.task_subject(step))
 
     def test_example(self):
         directory = os.path.join(HERE, "examples", "fleet")
@@ -8407,64 +8406,473 @@ class Polls(unittest.TestCase):
         )
 
 
-class ModelMachine(c2.Slave):
-    """A slave whose host is a State: `sick` deploys don't start, `absent` releases can't be had."""
+class Clock(object):
+    """A clock that goes when it is told to."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+class RetryPauses(unittest.TestCase):
+    """When what has failed is due again."""
+
+    def setUp(self):
+        self.clock, self.log = Clock(), mock.Mock()
+        self.retries = c2.Retries(self.log, self.clock)
+
+    def pause(self, step):
+        self.assertFalse(self.retries.attempt(step, mock.Mock(side_effect=c2.C2Error("no"))))
+        (failure,) = (f for k, f in self.retries.failures.items() if k == c2.failure_key(step))
+        return failure.due - self.clock()
+
+    def check(self, step, pauses):
+        for usual in pauses:
+            self.assertTrue(usual * 0.8 <= self.pause(step) <= usual * 1.2, usual)
+
+    def test_a_pause_doubles_up_to_ten_minutes(self):
+        deploy = c2.Deploy("a", "a.zip", 1)
+        self.check(c2.Create(deploy), (5, 10, 20, 40, 80, 160, 320, 600, 600))
+        self.check(c2.Create(deploy._replace(release="b.zip")), (5, 10))
+        self.assertTrue(self.retries.attempt(c2.Create(deploy), lambda: None))
+        self.check(c2.Create(deploy), (5, 10))
+
+    def test_without_the_proxy_nothing_is_served(self):
+        self.check(c2.Chore.KEEP_PROXY, (5, 10, 20, 40, 60, 60, 60))
+
+    def test_machines_do_not_try_in_step(self):
+        pauses = {self.pause(c2.Create(c2.Deploy("a", "a.zip", n))) for n in range(20)}
+        self.assertGreater(len(pauses), 10)
+
+    def test_what_fails_is_said_with_its_reason(self):
+        self.retries.attempt(c2.Connect("e", "a"), os.stat, "/nowhere")
+        (failure,) = self.retries.failures.values()
+        self.assertIn("/nowhere", failure.reason)
+        self.log.warn.assert_called_once_with("slave", failure.reason)
+        self.assertRaises(KeyError, self.retries.attempt, c2.Connect("e", "a"), {}.pop, "defect")
+
+    def test_one_failure_is_not_anothers(self):
+        a, old = c2.Deploy("a", "a.zip", 1), c2.Deploy("a", "old.zip", 1)
+        steps = [c2.Create(a), c2.Restart(a), c2.Destroy(a), c2.TryRelease(a), c2.Create(old)]
+        steps += [c2.Connect("a", "b"), c2.Disconnect("a"), c2.Unblock("a"), *c2.Chore]
+        self.assertEqual(len(steps), len({c2.failure_key(step) for step in steps}))
+        for same, step in (
+            (c2.Create(a), c2.Replace(old, a)),
+            (c2.Destroy(a), c2.Destroy(a, True)),
+        ):
+            self.assertEqual(c2.failure_key(same), c2.failure_key(step))
+
+
+class ModelMachine(object):
+    """A machine that is a State: `sick` deploys don't start, `absent` releases can't be had, `deaf`
+    ones are connected and not ready. What it does is what c2.decide says.
+    """
 
     ENDS = ("e", "f", "g")
 
-    def __init__(self, case, state, sick=(), absent=()):
-        config = mock.Mock(end_points=self.ENDS, proxy_path=lambda *parts: "/nowhere/")
-        self.host, self.failures, self.tried = mock.Mock(config=config), {}, set()
-        self.case, self.state, self.sick, self.absent, self.done = case, state, sick, absent, []
+    def __init__(self, case, state=None, sick=(), absent=(), deaf=()):
+        self.case, self.state = case, state or c2.State()
+        self.sick, self.absent, self.deaf = list(sick), list(absent), set(deaf)
+        self.clock, self.done, self.disconnected = Clock(), [], {}
+        self.retries = c2.Retries(mock.Mock(), self.clock)
+        self.down, self.rebooted, self.blocked = set(), False, set()
+        self.proxy_fails = self.switch_fails = False
 
-    def recover(self):
-        pass
+    def observe(self, master):
+        self.disconnected = c2.still_disconnected(self.disconnected, self.state, master)
+        down = [d for d in sorted(self.state.deploys.values()) if d.label in self.down]
+        return c2.Observed(
+            self.ENDS,
+            master,
+            self.state,
+            self.retries.done,
+            blocked=sorted(self.blocked),
+            rebooted=self.rebooted,
+            down=down if self.rebooted else [],
+            proxy=bool(self.state.connections),
+            disconnected=self.disconnected,
+        )
 
-    def follow(self, master):
-        self.master = master
-        with mock.patch.object(c2, "load_state", lambda config: self.state), mock.patch.object(
-            c2, "rehearse", self.rehearse_one
-        ):
-            c2.Slave.follow(self, master)
+    def round(self, master):
+        """What c2.Slave does in one; returns the steps."""
+        self.steps, self.failed = [], set()
+        self.retries.begin_round()
+        self.retries.done.add(c2.failure_key(c2.Chore.CONFIGURE))
+        c2.do_tasks(self.retries, lambda: self.observe(master), self.perform)
+        self.retries.keep(c2.unfinished(self.observe(master)))
+        self.done += [step for step in self.steps if type(step) in c2.ACTIONS.values()]
+        return self.steps
 
-    def rehearse_one(self, host, deploy):
-        if deploy in self.absent:
+    def perform(self, step, observed):
+        self.case.assertNotIn(c2.failure_key(step), self.failed, "twice in a round")
+        self.case.assertLess(len(self.steps), 200, "it does not end")
+        self.steps.append(step)
+        try:
+            self.do(step, observed.master, self.state)
+        except c2.C2Error:
+            self.failed.add(c2.failure_key(step))
+            raise
+
+    def do(self, step, master, state):
+        if step is c2.Chore.KEEP_PROXY and self.proxy_fails:
+            raise c2.C2Error("no proxy")
+        if step is c2.Chore.FINISH_BOOT:
+            self.case.assertEqual(set(), self.down & set(state.deploys), "not all runs again")
+            self.rebooted = False
+        if isinstance(step, c2.Unblock):
+            if step.label in self.sick:
+                raise c2.C2Error("still blocked")
+            self.blocked.discard(step.label)
+        if isinstance(step, c2.TryRelease) and step.deploy in self.absent:
             raise c2.C2Error("absent")
+        if isinstance(step, c2.Restart):
+            self.case.assertIn(step.deploy.label, self.down)
+            if step.deploy in self.sick:
+                raise c2.C2Error("sick")
+            self.down.discard(step.deploy.label)
+        if type(step) in c2.ACTIONS.values() and not isinstance(step, c2.Restart):
+            self.apply(step, state, master)
 
-    def perform(self, action, state):
-        self.case.assertEqual(self.state, state)
-        self.done.append(action)
-        if isinstance(action, (c2.Create, c2.Replace)) and action.deploy in [
-            *self.sick,
-            *self.absent,
-        ]:
+    def apply(self, action, state, master):
+        creates = isinstance(action, (c2.Create, c2.Replace))
+        if creates and action.deploy in [*self.sick, *self.absent]:
             raise c2.C2Error("sick")
-        if c2.is_outage(self.ENDS, action, self.master):
-            target = self.master.deploys[self.master.connections[action.end_point]]
+        if c2.is_outage(self.ENDS, action, master):
+            target = master.deploys[master.connections[action.end_point]]
             self.case.assertNotEqual(state.deploys.get(target.label), target, "cut off for nothing")
             self.case.assertNotIn(target, self.absent, "cut off for what can't be had")
+            self.disconnected[action.end_point] = state.connections[action.end_point]
         if isinstance(action, (c2.Destroy, c2.Replace)):
             gone = getattr(action, "old", action.deploy)
             self.case.assertEqual(state.deploys[gone.label], gone)
             self.case.assertNotIn(
                 gone.label, state.connections.values(), "taken away while it serves"
             )
+            self.case.assertNotIn(gone.label, self.blocked)
+            self.down.discard(gone.label)
+            if isinstance(action, c2.Destroy) and gone in self.sick and not action.force:
+                raise c2.C2Error("stuck")
+        if isinstance(action, c2.Connect) and self.switch_fails:
+            raise c2.C2Error("no switch")
+        if isinstance(action, c2.Connect) and action.label in self.deaf:
+            was = state.connections.get(action.end_point)
+            if not was:
+                self.state = c2.next_state(action, state)
+            raise c2.C2Error("not ready")
         self.state = state = c2.next_state(action, state)
+        if creates:
+            self.down.discard(action.deploy.label)
         ports = [d.port for d in state.deploys.values()]
         self.case.assertEqual(len(ports), len(set(ports)))
-        self.case.assertLess(len(self.done), 100, "it does not end")
+
+
+def random_state(rng):
+    labels, ports = rng.sample("abcdef", rng.randrange(5)), rng.sample(range(1, 7), 5)
+    deploys = {
+        n: c2.Deploy(n, "r%d" % rng.randrange(3), ports[i]) for i, n in enumerate(sorted(labels))
+    }
+    ends = [e for e in ModelMachine.ENDS if deploys and rng.random() < 0.6]
+    return c2.State(deploys, {e: rng.choice(sorted(deploys)) for e in ends})
+
+
+class Following(unittest.TestCase):
+    """What a machine decides to do when some things fail."""
+
+    def test_what_serves_is_not_taken_away_for_what_fails(self):
+        for n in range(1500):
+            rng = random.Random(SEED + n)
+            old, new = random_state(rng), random_state(rng)
+            bad = [d for d in new.deploys.values() if rng.random() < rng.choice((0, 0.4))]
+            some = rng.randrange(3)
+            with self.subTest(C2_SEED=SEED + n):
+                self.check(ModelMachine(self, old, bad[some:], bad[:some]), old, new, bad)
+
+    def check(self, machine, old, new, bad):
+        machine.round(new)
+        state, done = machine.state, len(machine.done)
+        if not bad:
+            self.assertEqual((new.deploys, new.connections), (state.deploys, state.connections))
+        for deploy in new.deploys.values():
+            held = {d.label for d in c2.conflicts(old, deploy)} & set(old.connections.values())
+            if deploy not in bad and not held:
+                self.assertEqual(deploy, state.deploys.get(deploy.label), "held up by what failed")
+        for end_point, name in new.connections.items():
+            if state.deploys.get(name) == new.deploys[name]:
+                self.assertEqual(name, state.connections.get(end_point))
+            elif old.connections.get(end_point) in state.deploys:
+                self.assertIn(end_point, state.connections, "cut off, and not put back")
+        machine.round(new)  # until what failed is due again, all stays as it is
+        self.assertEqual(done, len(machine.done))
+
+    def test_many_endpoints_on_labels_that_change(self):
+        names = [str(n) for n in range(40)]
+        old, new = (
+            c2.State({n: c2.Deploy(n, release, int(n) + 1) for n in names}, {n: n for n in names})
+            for release in ("old", "new")
+        )
+        began = time.monotonic()
+        self.assertEqual([], c2.feasible(names, old, new, lambda a: isinstance(a, c2.Replace)))
+        self.assertLess(time.monotonic() - began, 10)
+
+    def test_a_deploy_that_only_starts_or_only_connects_to_others(self):
+        a, b, c = c2.Deploy("a", "a", 1), c2.Deploy("b", "b", 2), c2.Deploy("c", "c", 3)
+        machine = ModelMachine(self, c2.State({"a": a}, {"e": "a"}), [b])
+        machine.round(c2.State({"b": b, "c": c}, {"e": "b", "f": "c"}))
+        self.assertEqual([c2.Create(b), c2.Create(c), c2.Connect("f", "c")], machine.done)
+
+    def test_all_releases_are_tried_before_the_first_endpoint_is_disconnected(self):
+        a, b = c2.Deploy("a", "old", 1), c2.Deploy("b", "old", 2)
+        new = [d._replace(release="new") for d in (a, b)]
+        old = c2.State({"a": a, "b": b}, {"e": "a", "f": "b"})
+        master = c2.State({"a": new[0], "b": new[1]}, {"e": "a", "f": "b"})
+        steps = ModelMachine(self, old).round(master)
+        self.assertEqual([c2.TryRelease(a) for a in new], steps[1:3])
+        self.assertEqual(c2.Disconnect("e"), steps[3])
+
+    def test_a_release_that_can_be_had_does_not_shorten_the_pause_of_one_that_does_not_start(self):
+        a, new = c2.Deploy("a", "old", 1), c2.Deploy("a", "new", 1)
+        machine = ModelMachine(self, c2.State({"a": a}, {"e": "a"}), sick=[new])
+        for _ in range(4):
+            machine.round(c2.State({"a": new}, {"e": "a"}))
+            self.assertEqual("a", machine.state.connections.get("e"))
+            machine.clock.sleep(700)
+        self.assertEqual([4], [f.times for f in machine.retries.failures.values()])
+
+    def test_an_endpoint_that_is_taken_off_on_purpose_is_not_connected_again(self):
+        a, b = c2.Deploy("a", "a", 1), c2.Deploy("b", "b", 2)
+        machine = ModelMachine(self, c2.State({"a": a}, {"e": "a"}), sick=[b])
+        machine.round(c2.State({"a": a}))
+        machine.round(c2.State({"a": a, "b": b}, {"e": "b"}))
+        self.assertEqual({}, machine.state.connections)
+
+    def test_an_endpoint_goes_back_only_to_what_it_was_disconnected_from_for_this(self):
+        a, b, new = c2.Deploy("a", "a", 1), c2.Deploy("b", "b", 2), c2.Deploy("a", "new", 1)
+        machine = ModelMachine(self, c2.State({"a": a}, {"e": "a"}))
+        machine.round(c2.State({"a": new}, {"e": "a"}))
+        machine.round(c2.State({"a": new}))
+        machine.sick = [b]
+        machine.round(c2.State({"a": new, "b": b}, {"e": "b"}))
+        self.assertEqual({}, machine.state.connections)
+
+    def test_an_endpoint_that_can_t_be_put_back_at_once_is_put_back_later(self):
+        a, new, b = c2.Deploy("a", "a", 1), c2.Deploy("new", "new", 1), c2.Deploy("b", "b", 2)
+        for given_up in (False, True):
+            machine = ModelMachine(self, c2.State({"a": a}, {"e": "a"}), sick=[new, b])
+            machine.switch_fails = True
+            machine.round(c2.State({"new": new}, {"e": "new"}))
+            self.assertEqual({}, machine.state.connections)
+            keys = {c2.failure_key(step) for step in (c2.Create(new), c2.Connect("e", "a"))}
+            self.assertEqual(keys, set(machine.retries.failures))
+            machine.switch_fails = False
+            machine.round(c2.State({"new": new}, {"e": "new"}))
+            self.assertEqual({}, machine.state.connections, "not due")
+            machine.clock.sleep(4)
+            if given_up:
+                machine.round(c2.State({"a": a}))
+            machine.clock.sleep(4)
+            machine.round(c2.State({"a": a, "b": b}, {"e": "b"}))
+            self.assertEqual({} if given_up else {"e": "a"}, machine.state.connections)
+
+    def test_the_pause_of_a_release_that_can_t_be_had_grows(self):
+        a, new = c2.Deploy("a", "old", 1), c2.Deploy("a", "new", 1)
+        machine = ModelMachine(self, c2.State({"a": a}, {"e": "a"}), absent=[new])
+        for pause in (5, 10, 20):
+            steps = machine.round(c2.State({"a": new}, {"e": "a"}))
+            self.assertEqual(c2.TryRelease(new), steps[-1])
+            machine.clock.sleep(pause * 0.8 - 0.1)
+            steps = machine.round(c2.State({"a": new}, {"e": "a"}))
+            self.assertNotIn(c2.TryRelease(new), steps)
+            machine.clock.sleep(pause * 0.4 + 0.2)
+
+    def test_what_makes_room_for_others_is_not_stopped_again_and_again(self):
+        a, b = c2.Deploy("a", "a", 1), c2.Deploy("b", "b", 1)
+        machine = ModelMachine(self, c2.State({"a": a}), sick=[a, b])
+        self.assertEqual([c2.Replace(a, b), c2.Destroy(a)], machine.round(c2.State({"b": b})))
+        self.assertEqual([], machine.round(c2.State({"b": b})))
+
+    def test_an_endpoint_is_not_switched_back_and_forth(self):
+        a, b = c2.Deploy("a", "a", 1), c2.Deploy("b", "b", 2)
+        new = [d._replace(release="new") for d in (a, b)]
+        state = c2.State({"a": a, "b": b}, {})
+        machine = ModelMachine(self, state, sick=new[1:])
+        machine.disconnected = {"e": "a", "f": "b"}  # as killed in between
+        machine.round(c2.State({"a": new[0], "b": new[1]}, {"e": "a", "f": "b"}))
+        self.assertEqual(1, machine.steps.count(c2.Connect("e", "a")))
+        self.assertEqual(2, len([s for s in machine.steps if isinstance(s, c2.Connect)]))
+
+    def test_a_stop_that_fails_ends_the_outage(self):
+        c, b, new = c2.Deploy("c", "c", 1), c2.Deploy("b", "b", 2), c2.Deploy("b", "b", 1)
+        old = c2.State({"b": b, "c": c}, {"f": "c", "g": "b"})
+        machine = ModelMachine(self, old, sick=[c])
+        machine.round(c2.State({"b": new}, {"f": "b", "g": "b"}))
+        self.assertEqual((old.deploys, old.connections), machine.state[:2])
+
+    def test_a_stop_that_fails_three_times_is_forced(self):
+        a = c2.Deploy("a", "a.zip", 1)
+        machine, forced = ModelMachine(self, c2.State({"a": a}), sick=[a]), []
+        for _ in range(4):
+            forced += [step.force for step in machine.round(c2.State())]
+            self.assertEqual([], machine.round(c2.State()), "not due again")
+            machine.clock.sleep(700)
+        self.assertEqual([False] * 3 + [True], forced)
+        self.assertEqual(({}, {}), (machine.state.deploys, machine.retries.failures))
+        machine.state = c2.State({"a": a})  # once more
+        self.assertFalse(machine.round(c2.State())[0].force)
+        self.assertEqual([], machine.round(c2.State({"a": a})))
+        self.assertEqual({}, machine.retries.failures, "it is to stay now")
+
+    def test_connected_to_what_is_not_ready(self):
+        a, b = c2.Deploy("a", "a", 1), c2.Deploy("b", "b", 2)
+        machine = ModelMachine(self, deaf=["a", "b"])
+        master = c2.State({"a": a}, {"e": "a"})
+        machine.round(master)
+        self.assertEqual("not ready", *[f.reason for f in machine.retries.failures.values()])
+        self.assertNotIn(c2.Connect("e", "a"), machine.round(master), "not due")
+        machine.clock.sleep(10)
+        machine.deaf = set()
+        self.assertIn(c2.Connect("e", "a"), machine.round(master))
+        self.assertEqual({}, machine.retries.failures)
+        machine.deaf = {"b"}
+        machine.round(c2.State({"a": a, "b": b}, {"e": "b"}))
+        self.assertEqual({"e": "a"}, machine.state.connections, "traded for a deaf one")
+
+
+class Histories(unittest.TestCase):
+    """What c2.decide does over the rounds of a day."""
+
+    def test_after_a_reboot_what_ran_is_started_again(self):
+        a, b = c2.Deploy("a", "a", 1), c2.Deploy("b", "b", 2)
+        machine = ModelMachine(self, c2.State({"a": a, "b": b}, {"e": "a"}), sick=[b])
+        machine.down = {"a", "b"}
+        self.assertEqual([c2.Chore.KEEP_PROXY], machine.round(None), "a crash is no reboot")
+        machine.rebooted = True
+        steps = [c2.Restart(a), c2.Restart(b), c2.Chore.KEEP_PROXY]
+        self.assertEqual(steps, machine.round(None))
+        self.assertTrue(machine.rebooted)
+        self.assertEqual([c2.Chore.KEEP_PROXY], machine.round(None), "not due again")
+        machine.clock.sleep(10)
+        machine.sick = []
+        steps = [c2.Restart(b), c2.Chore.FINISH_BOOT, c2.Chore.KEEP_PROXY]
+        self.assertEqual(steps, machine.round(None))
+        self.assertEqual({}, machine.retries.failures)
+
+    def test_what_is_restarted_may_take_its_time_to_listen(self):
+        deploy = c2.Deploy("a", "a", 1)
+        done = {c2.failure_key(step) for step in (c2.Chore.CONFIGURE, c2.Restart(deploy))}
+        state = c2.State({"a": deploy})
+        observed = c2.Observed((), None, state, done, rebooted=True, down=[deploy], proxy=False)
+        self.assertEqual([c2.Chore.FINISH_BOOT], c2.decide(observed, {}, 0))
+
+    def test_what_came_up_by_itself_is_no_failure_any_more(self):
+        a, b = c2.Deploy("a", "a", 1), c2.Deploy("b", "b", 2)
+        machine = ModelMachine(self, c2.State({"a": a, "b": b}), sick=[a, b])
+        machine.rebooted, machine.down = True, {"a", "b"}
+        machine.round(None)
+        machine.down.discard("a")
+        machine.round(None)
+        self.assertEqual([c2.failure_key(c2.Restart(b))], list(machine.retries.failures))
+
+    def test_a_blocked_label_blocks_no_other(self):
+        a, b = c2.Deploy("a", "a", 1), c2.Deploy("b", "b", 2)
+        machine = ModelMachine(self, sick=["a"])
+        machine.blocked = {"a"}
+        machine.round(c2.State({"a": a, "b": b}, {"e": "a", "f": "b"}))
+        self.assertEqual(({"b": b}, {"f": "b"}), machine.state[:2])
+        old = c2.Deploy("a", "old", 3)
+        rebooted = ModelMachine(self, c2.State({"a": old, "b": b}, {"f": "b"}), sick=["a"])
+        rebooted.blocked, rebooted.rebooted, rebooted.down = {"a"}, True, {"a", "b"}
+        steps = [c2.Unblock("a"), c2.Restart(b), c2.Chore.KEEP_PROXY]
+        self.assertEqual(steps, rebooted.round(None))
+        machine.sick = []
+        machine.round(c2.State({"a": a}))
+        self.assertEqual({}, machine.state.deploys, "b is stopped, and a is not due")
+        machine.clock.sleep(10)
+        machine.round(c2.State({"a": a}))
+        self.assertEqual(({"a": a}, {}), (machine.state.deploys, machine.retries.failures))
+
+    def test_without_the_master_nothing_is_changed(self):
+        a, b = c2.Deploy("a", "a", 1), c2.Deploy("b", "b", 2)
+        machine = ModelMachine(self, c2.State({"a": a}, {"e": "a"}), sick=[b])
+        machine.round(c2.State({"a": a, "b": b}, {"e": "b"}))
+        machine.clock.sleep(700)
+        machine.sick = []
+        self.assertEqual([c2.Chore.KEEP_PROXY], machine.round(None))
+
+    def test_the_machine_is_served_first(self):
+        a, b = c2.Deploy("a", "a", 1), c2.Deploy("b", "b", 2)
+        machine = ModelMachine(self, c2.State({"a": a}, {"e": "a"}))
+        machine.rebooted, machine.down, machine.blocked = True, {"a"}, {"c"}
+        steps = machine.round(c2.State({"a": a, "b": b}, {"e": "a"}))
+        expected = [c2.Unblock("c"), c2.Restart(a), c2.Chore.FINISH_BOOT, c2.Chore.KEEP_PROXY]
+        self.assertEqual(expected + [c2.Create(b)], steps)
+        first = c2.decide(machine.observe(None)._replace(done=set()), {}, 0)
+        self.assertEqual([c2.Chore.CONFIGURE], first)
+
+    def test_days(self):
+        for n in range(300):
+            with self.subTest(C2_SEED=SEED + n):
+                self.day(random.Random(SEED + n))
+
+    def day(self, rng):
+        """Anything happens for some hours; when all works again, the machine gets there."""
+        machine, master = ModelMachine(self), c2.State()
+        for _ in range(40):
+            happens = rng.randrange(8)
+            if happens == 0:
+                master = random_state(rng)
+            elif happens == 1:
+                labels = list(master.deploys.values())
+                machine.sick = [d for d in labels if rng.random() < 0.3]
+                machine.absent = [d for d in labels if rng.random() < 0.2]
+                machine.deaf = {d.label for d in labels if rng.random() < 0.2}
+            elif happens == 2:
+                machine.rebooted, machine.down = True, set(machine.state.deploys)
+            elif happens == 3:
+                machine.blocked |= set(rng.sample("abcdef", 1))
+                machine.sick += machine.blocked
+            elif happens == 4:
+                machine.proxy_fails = not machine.proxy_fails
+            elif happens == 5:
+                machine.switch_fails = not machine.switch_fails
+            before = machine.state
+            reachable = rng.random() < 0.8
+            machine.round(master if reachable else None)
+            after = machine.state
+            for end_point, name in before.connections.items():
+                if not reachable:
+                    self.assertEqual(name, after.connections.get(end_point))
+                elif (
+                    end_point in master.connections
+                    and before.deploys[name] in after.deploys.values()
+                    and not machine.switch_fails
+                ):
+                    self.assertIn(end_point, after.connections, "what served is still here")
+            machine.clock.sleep(rng.choice((1, 10, 60, 600)))
+        machine.sick, machine.absent, machine.deaf = [], [], set()
+        machine.proxy_fails = machine.switch_fails = False
+        for _ in range(4):
+            machine.clock.sleep(c2.RETRY_MAX_SECS * 1.2 + 1)
+            machine.round(master)
+        self.assertEqual((master.deploys, master.connections), machine.state[:2])
+        self.assertEqual(
+            ({}, False, set()), (machine.retries.failures, machine.rebooted, machine.blocked)
+        )
 
 
 class Staying(unittest.TestCase):
     """What slave-update remembers and says from round to round."""
 
-    def slave(self, **keys):
+    def slave(self, clock=time.monotonic, **keys):
         mode = c2.ProxyMode(
             {}, "s3://bucket/base", slave_label=keys.pop("label", c2.Variant("label", "x"))
         )
         config = c2.Config(c2.Variant("localdir", "/"), deploy_mode=mode, **keys)
-        with mock.patch.object(threading.Thread, "start"):
-            return c2.Slave(c2.Host(config, mock.Mock()), None)
+        return c2.Slave(c2.Host(config, mock.Mock()), None, clock)
 
     def test_a_command_has_900_seconds_unless_the_configuration_says_otherwise(self):
         for configured, limit in ((None, 900), (0, 0), (7, 7)):
@@ -8474,93 +8882,158 @@ class Staying(unittest.TestCase):
 
     def test_a_configuration_without_a_label_changes_nothing(self):
         slave = self.slave()
-        host, config = slave.host, self.slave(deploys_dir="/elsewhere").host.config
-        slave.written = {}
+        host, reporter = slave.host, slave.reporter
+        config = self.slave(deploys_dir="/elsewhere").host.config
         with mock.patch.object(c2, "slave_label", side_effect=c2.C2Error("no instance")):
-            self.assertRaises(c2.C2Error, slave.take, host._replace(config=config))
-        self.assertEqual((host, {}), (slave.host, slave.written))
-        slave.take(host._replace(config=config))
-        self.assertEqual((config, None), (slave.host.config, slave.written))
+            self.assertRaises(c2.C2Error, slave.configure, host._replace(config=config))
+        self.assertEqual((host, reporter), (slave.host, slave.reporter))
+        slave.configure(host._replace(config=config))
+        self.assertEqual((config, config), (slave.host.config, slave.reporter.host.config))
+        self.assertIsNone(slave.reporter.written, "the record is written anew")
 
-    def test_a_stop_that_fails_three_times_is_forced(self):
-        slave, deploy, forced = self.slave(), c2.Deploy("a", "a.zip", 8000), []
-
-        def apply_actions(host, actions, state):
-            forced.append(actions[0].force)
-            if not actions[0].force:
-                raise c2.C2Error("the stop command exited 7")
-
-        with mock.patch.object(c2, "apply_actions", apply_actions):
-            for _ in range(4):
-                slave.attempt(c2.Destroy(deploy), slave.perform, c2.Destroy(deploy), c2.State())
-                slave.attempt(c2.Destroy(deploy), slave.perform, c2.Destroy(deploy), c2.State())
-                slave.tried = set()
-                for key, failure in slave.failures.items():
-                    self.assertGreater(failure.due, time.monotonic() + c2.RETRY_SECS / 2)
-                    slave.failures[key] = failure._replace(due=0)
-        self.assertEqual([False] * 3 + [True, False], forced)
-        slave.forget(c2.State(), c2.State({"a": deploy}))
-        self.assertEqual([c2.Destroy(deploy)], list(slave.failures))
-        slave.forget(c2.State(), c2.State())
-        self.assertEqual({}, slave.failures)
+    def rounds(self, slave, is_open):
+        """Stub all but a round's decisions; returns the states that the proxy was kept for."""
+        kept = []
+        slave.look = mock.Mock(return_value=False)
+        slave.reporter.report = mock.Mock()
+        slave.keep_proxy = kept.append
+        for patch in (
+            mock.patch.object(c2, "listening", lambda port: is_open[0]),
+            mock.patch.multiple(
+                c2,
+                locked=mock.MagicMock(),
+                recover=mock.Mock(),
+                load_config=lambda path, warn: slave.host.config,
+                boot_id=lambda: None,
+                load_state=lambda config: c2.State({"a": c2.Deploy("a", "a", 1)}, {"main": "a"}),
+            ),
+        ):
+            patch.start()
+            self.addCleanup(patch.stop)
+        return kept
 
     def test_a_poll_without_news_is_no_work_while_the_port_of_the_proxy_is_open(self):
-        slave, rounds, is_open = self.slave(), [], [True]
-        slave.look, slave.report = mock.Mock(return_value=False), mock.Mock()
-        slave.restart = mock.Mock()
-        slave.keep_proxy = lambda state: rounds.append(0)
-        with mock.patch.object(c2, "listening", lambda port: is_open[0]), mock.patch.multiple(
-            c2,
-            locked=mock.MagicMock(),
-            load_state=lambda config: c2.State({"a": c2.Deploy("a", "a", 1)}, {"main": "a"}),
-        ):
-            for now_open, expected in ((1, 1), (1, 1), (0, 2), (0, 2), (1, 2), (0, 2)):
-                is_open[0] = now_open
-                slave.round()
-                self.assertEqual(expected, len(rounds))
-            slave.full_at = 0
+        clock, is_open = Clock(), [True]
+        slave = self.slave(clock)
+        kept = self.rounds(slave, is_open)
+        for now_open, expected in ((1, 1), (1, 1), (0, 2), (0, 2), (1, 2), (0, 2)):
+            is_open[0] = now_open
             slave.round()
-            self.assertEqual(3, len(rounds), "a full round looks after it")
+            self.assertEqual(expected, len(kept))
+        clock.sleep(c2.HEARTBEAT_SECS)
+        slave.round()
+        self.assertEqual(3, len(kept), "a full round looks after it")
+
+    def test_what_was_disconnected_is_forgotten_when_it_is_connected(self):
+        slave, state = self.slave(), c2.State({"a": c2.Deploy("a", "a", 1)}, {"e": "a"})
+        slave.disconnected = {"e": "a", "f": "a"}
+        with mock.patch.multiple(c2, recover=mock.Mock(), load_state=lambda config: state):
+            self.assertEqual({"f": "a"}, slave.observe(None).disconnected)
+        self.assertEqual({"f": "a"}, slave.disconnected)
+
+    def test_the_configuration_is_read_again_in_every_full_round_but_the_first(self):
+        clock = Clock()
+        slave = self.slave(clock)
+        self.rounds(slave, [True])
+        with mock.patch.object(c2, "load_config", side_effect=c2.C2Error("no")) as load:
+            self.assertEqual([], slave.round())
+            clock.sleep(c2.HEARTBEAT_SECS)
+            self.assertEqual([{"message": "no"}], slave.round())
+        self.assertEqual(1, load.call_count)
+
+    def test_a_round_without_the_masters_state(self):
+        slave = self.slave(Clock())
+        self.rounds(slave, [True])
+        slave.look = mock.Mock(side_effect=[True, c2.C2Error("S3 is away"), True])
+        slave.reconcile = mock.Mock(return_value=[])
+        slave.master = c2.State()
+        self.assertEqual([], slave.round())
+        self.assertEqual([mock.call(None), mock.call(slave.master)], slave.reconcile.mock_calls)
+        self.assertEqual((True, 0), (slave.started, slave.missed_polls))
+        slave.next_full_round = 0
+        self.assertEqual([{"message": "S3 is away; nothing is changed here"}], slave.round())
+        slave.reconcile.assert_called_with(None)
+        self.assertEqual(1, slave.missed_polls)
+        slave.reconcile.return_value = ["locked"]
+        self.assertEqual([{"message": "locked"}], slave.round())
+        self.assertEqual((False, 0), (slave.started, slave.missed_polls))
+
+    def test_what_has_failed_is_tried_as_soon_as_it_is_due(self):
+        clock = Clock()
+        slave = self.slave(clock)
+        kept = self.rounds(slave, [True])
+        slave.keep_proxy = mock.Mock(side_effect=[c2.C2Error("no"), None])
+        self.assertEqual([{"message": "no"}], slave.round())
+        clock.sleep(3)
+        self.assertEqual([{"message": "no"}], slave.round())
+        self.assertEqual(1, slave.keep_proxy.call_count)
+        clock.sleep(4)
+        self.assertEqual([], slave.round())
+        self.assertEqual((2, []), (slave.keep_proxy.call_count, kept))
 
     def test_a_proxy_that_dies_again_and_again(self):
-        slave, found = self.slave(), [c2.Container("frontendproxy", True, False, 0, "d")]
-        state, pauses = c2.State(), []
+        clock, container = Clock(), [c2.Container("frontendproxy", True, False, 0, "d")]
+        slave, pauses = self.slave(clock), []
         with mock.patch.multiple(
             c2,
-            inspect_proxy=lambda config, name: found[0],
+            inspect_proxy=lambda config, name: container[0],
             route=lambda host, state: None,
             recent_nginx_errors=lambda name: "[emerg] no",
         ):
 
             def attempt():
-                slave.tried = set()
-                done = slave.attempt("proxy", slave.keep_proxy, state)
-                for key, failure in slave.failures.items():
-                    pauses.append(failure.due - time.monotonic())
-                    slave.failures[key] = failure._replace(due=0)
+                step = c2.Chore.KEEP_PROXY
+                done = slave.retries.attempt(step, slave.keep_proxy, c2.State())
+                pauses.extend(f.due - clock() for f in slave.retries.failures.values())
                 return done
 
             self.assertTrue(attempt())
             for restarts in range(1, 10):
-                found[0] = found[0]._replace(restarts=restarts)
+                container[0] = container[0]._replace(restarts=restarts)
                 self.assertFalse(attempt())
-            self.assertRegex(
-                slave.failures["proxy"].reason, r"died.*count 9\): \[emerg\] no; it runs again"
-            )
+                self.assertRegex(slave.problems[-1]["message"], "died.*count %d" % restarts)
+            (failure,) = slave.retries.failures.values()
+            self.assertRegex(failure.reason, r"died.*count 9\): \[emerg\] no; it runs again")
             self.assertTrue(attempt())
-            self.assertEqual({}, slave.failures)
+            self.assertEqual({}, slave.retries.failures)
         for pause, usual in zip(pauses, (5, 10, 20, 40, 60, 60, 60, 60, 60)):
             self.assertTrue(usual * 0.75 < pause < usual * 1.25, pauses)
 
+    def test_an_end_point_is_put_back_on_sigterm_too(self):
+        a, new = c2.Deploy("a", "old", 1), c2.Deploy("a", "new", 1)
+        slave, actions = self.slave(), []
+        host = {"state": c2.State({"a": a}, {"e": "a"})}
+        slave.host.config.end_points["e"] = None
+
+        def apply_action(_, action, state):
+            if isinstance(action, c2.Replace):
+                raise c2.Interrupted(15)
+            actions.append(action)
+            host["state"] = c2.next_state(action, state)
+
+        with mock.patch.multiple(
+            c2,
+            locked=mock.MagicMock(),
+            recover=mock.Mock(),
+            boot_id=lambda: None,
+            listening=mock.Mock(),
+            try_release=mock.Mock(),
+            load_state=lambda config: host["state"],
+            apply_action=apply_action,
+        ):
+            slave.retries.done = {c2.failure_key(chore) for chore in c2.Chore}
+            with self.assertRaises(c2.Interrupted):
+                slave.reconcile(c2.State({"a": new}, {"e": "a"}))
+        self.assertEqual([c2.Disconnect("e"), c2.Connect("e", "a")], actions)
+
     def test_what_the_heartbeat_meets_is_said_and_does_not_end_it(self):
-        slave, beats = self.slave(), []
-        slave.report = mock.Mock(
+        clock, log = Clock(), mock.Mock()
+        beat = mock.Mock(
             side_effect=[MemoryError("much"), c2.C2Error("S3"), None, KeyboardInterrupt]
         )
-        with mock.patch.object(time, "sleep", beats.append):
-            self.assertRaises(KeyboardInterrupt, slave.heartbeat)
-        self.assertEqual([60] * 4, beats)
-        self.assertRegex(str(slave.host.log.warn.call_args_list), r"(?s)MemoryError: much.*'S3'")
+        self.assertRaises(KeyboardInterrupt, c2.heartbeat, log, beat, clock.sleep)
+        self.assertEqual(1000 + 4 * 60, clock())
+        self.assertRegex(str(log.warn.call_args_list), r"(?s)MemoryError: much.*'S3'")
 
     def test_a_warning_that_lasts_is_said_once(self):
         log, said = c2.Log("/dev/null", "slave-update"), []
@@ -8590,75 +9063,6 @@ class Staying(unittest.TestCase):
                 self.assertEqual(["a"], [r.label for r in c2.read_records(config, directory)])
             with mock.patch.object(c2, "aws", side_effect=c2.Missing("(NoSuchBucket)")):
                 self.assertRaises(c2.Missing, c2.read_records, config, directory)
-
-
-class Following(unittest.TestCase):
-    """What a slave does on which some things fail."""
-
-    def state(self, rng):
-        labels, ports = rng.sample("abcdef", rng.randrange(5)), rng.sample(range(1, 7), 5)
-        deploys = {
-            n: c2.Deploy(n, "r%d" % rng.randrange(3), ports[i])
-            for i, n in enumerate(sorted(labels))
-        }
-        ends = [e for e in ModelMachine.ENDS if deploys and rng.random() < 0.6]
-        return c2.State(deploys, {e: rng.choice(sorted(deploys)) for e in ends})
-
-    def test_what_serves_is_not_taken_away_for_what_fails(self):
-        for n in range(1500):
-            rng = random.Random(SEED + n)
-            old, new = self.state(rng), self.state(rng)
-            bad = [d for d in new.deploys.values() if rng.random() < rng.choice((0, 0.4))]
-            some = rng.randrange(3)
-            with self.subTest(C2_SEED=SEED + n):
-                self.check(ModelMachine(self, old, bad[some:], bad[:some]), old, new, bad)
-
-    def check(self, machine, old, new, bad):
-        machine.follow(new)
-        state, done = machine.state, len(machine.done)
-        if not bad:
-            self.assertEqual((new.deploys, new.connections), (state.deploys, state.connections))
-        for deploy in new.deploys.values():
-            held = {d.label for d in c2.conflicts(old, deploy)} & set(old.connections.values())
-            if deploy not in bad and not held:
-                self.assertEqual(deploy, state.deploys.get(deploy.label), "held up by what failed")
-        for end_point, name in new.connections.items():
-            if state.deploys.get(name) == new.deploys[name]:
-                self.assertEqual(name, state.connections.get(end_point))
-            elif old.connections.get(end_point) in state.deploys:
-                self.assertIn(end_point, state.connections, "cut off, and not put back")
-        machine.follow(new)  # until what failed is due again, all stays as it is
-        self.assertEqual(done, len(machine.done))
-
-    def test_many_endpoints_on_labels_that_change(self):
-        names = [str(n) for n in range(40)]
-        old, new = (
-            c2.State({n: c2.Deploy(n, release, int(n) + 1) for n in names}, {n: n for n in names})
-            for release in ("old", "new")
-        )
-        began = time.monotonic()
-        self.assertEqual([], c2.feasible(names, old, new, lambda a: isinstance(a, c2.Replace)))
-        self.assertLess(time.monotonic() - began, 10)
-
-    def test_a_deploy_that_only_starts_or_only_connects_to_others(self):
-        a, b, c = c2.Deploy("a", "a", 1), c2.Deploy("b", "b", 2), c2.Deploy("c", "c", 3)
-        machine = ModelMachine(self, c2.State({"a": a}, {"e": "a"}), [b])
-        machine.follow(c2.State({"b": b, "c": c}, {"e": "b", "f": "c"}))
-        self.assertEqual([c2.Create(b), c2.Create(c), c2.Connect("f", "c")], machine.done)
-
-    def test_an_end_point_is_put_back_on_sigterm_too(self):
-        a, new = c2.Deploy("a", "old", 1), c2.Deploy("a", "new", 1)
-        machine = ModelMachine(self, c2.State({"a": a}, {"e": "a"}), [new])
-        perform = machine.perform
-
-        def interrupted(action, state):
-            if isinstance(action, c2.Replace):
-                raise c2.Interrupted(15)
-            perform(action, state)
-
-        machine.perform = interrupted
-        self.assertRaises(c2.Interrupted, machine.follow, c2.State({"a": new}, {"e": "a"}))
-        self.assertEqual([c2.Disconnect("e"), c2.Connect("e", "a")], machine.done)
 
 
 # --------------------------------------------------------------------------------------------------
