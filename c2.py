@@ -5911,6 +5911,9 @@ def show_fleet(host: Host, args: Any) -> None:
                 break
             time.sleep(args.watch)
     report_unfinished(host.config)
+    due = due_for_proxy(host.config)
+    if due:
+        say(f"this machine's proxy: due with c2 restart-frontend-proxy: {'; '.join(due)}")
     if problem:
         raise problem
 

@@ -5634,6 +5634,22 @@ class ProxyChanges(unittest.TestCase):
         ):
             self.assertEqual(due, c2.due_changes(self.compose_file(made), self.wanted), made)
 
+    def test_a_machine_of_a_fleet_tells_of_its_own(self):
+        with tempfile.TemporaryDirectory() as directory:
+            mode = {"endPoints": {"main": {"serverNames": ["x.test"], "etype": "httpOnly"}}}
+            config = https_config(directory, proxy=dict(mode, remoteStateS3="s3://bucket/x"))
+            os.makedirs(config.proxy_path())
+            for made, words in (("same", ""), ("first c2's", "nginx:latest -> nginx:1.28\n")):
+                self.config = config
+                c2.replace_file(config.proxy_path("docker-compose.yml"), self.compose_file(made))
+                args = mock.Mock(show_slaves=False, watch=None, json=False)
+                host = c2.Host(config, mock.Mock())
+                with contextlib.redirect_stderr(io.StringIO()) as shown, mock.patch.multiple(
+                    c2, read_master=lambda config: (c2.State(), ""), emit=mock.DEFAULT
+                ):
+                    c2.show_fleet(host, args)
+                self.assertEqual(words, shown.getvalue().rpartition("image ")[2])
+
     def test_laws(self):
         for found, made, conf, start, renew in itertools.product(
             ("runs", "restarts", "ended", "none"),
