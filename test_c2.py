@@ -12457,6 +12457,7 @@ class SideBySide(object):
     def __call__(self, result):
         self.left = collections.deque(self.names)
         workers = [self.start(n) for n in range(self.jobs)]
+        self.waiting = set(workers)
         drivers = [
             threading.Thread(target=self.drive, args=(w, result), daemon=True) for w in workers
         ]
@@ -12486,22 +12487,29 @@ class SideBySide(object):
 
     def drive(self, worker, result):
         """Hand a worker one test after the other."""
-        with worker:
-            name, answer = "", worker.stdout.readline()  # that it is there
-            while answer and self.left and not result.shouldStop:
-                with contextlib.suppress(IndexError, BrokenPipeError):
-                    name = self.left.popleft()
-                    worker.stdin.write(name.encode() + b"\n")
-                    worker.stdin.flush()
-                    answer = worker.stdout.readline()
-                    with self.lock:
-                        answer and result.take(json.loads(answer.decode()))
-            worker.stdin.close()
-        if not answer:
+        name, answer = "", worker.stdout.readline()  # that it is there
+        self.waiting.discard(worker)
+        while answer and not result.shouldStop:
             with self.lock:
-                result.addError(
-                    Told(name or "worker"), "its process has ended: exit %d" % worker.returncode
-                )
+                if not self.left:
+                    break
+                name, answer = self.left.popleft(), b""
+            with contextlib.suppress(BrokenPipeError):
+                worker.stdin.write(name.encode() + b"\n")
+                worker.stdin.flush()
+                answer = worker.stdout.readline()
+            with self.lock:
+                if answer:
+                    result.take(json.loads(answer.decode()))
+        for late in [] if self.left else list(self.waiting):  # for a bed that is free, say
+            late.kill()
+        with contextlib.suppress(BrokenPipeError):
+            worker.stdin.close()
+        worker.stdout.close()
+        code = worker.wait()
+        if not answer and (name or self.left):
+            with self.lock:
+                result.addError(Told(name or "worker"), "its process has ended: exit %d" % code)
 
 
 class Runner(unittest.TextTestRunner):
