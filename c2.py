@@ -54,6 +54,7 @@ import time
 from itertools import starmap
 from types import MappingProxyType
 from typing import (
+    IO,
     TYPE_CHECKING,
     Any,
     Callable,
@@ -76,6 +77,7 @@ from typing import (
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
+    from subprocess import Popen
     from zipfile import ZipFile, ZipInfo
 
 VERSION = "0.1.0"
@@ -2403,8 +2405,8 @@ def require_private(*paths: str) -> None:
     """Refused when another user than root and c2's own can write one of these, if it is there."""
     import shlex
 
-    foreign = []
-    writable = []
+    remedies: Dict[str, List[str]] = {f"chown {os.geteuid() or 'root'}": [], "chmod go-w": []}
+    foreign, writable = remedies.values()
     for path in paths:
         with contextlib.suppress(FileNotFoundError):
             info = os.stat(path)
@@ -2413,14 +2415,7 @@ def require_private(*paths: str) -> None:
             if info.st_mode & 0o022:
                 writable.append(path)
     if foreign or writable:
-        mend = [
-            " ".join([command, *map(shlex.quote, changed)])
-            for command, changed in (
-                (f"chown {os.geteuid() or 'root'}", foreign),
-                ("chmod go-w", writable),
-            )
-            if changed
-        ]
+        mend = [" ".join([c, *map(shlex.quote, found)]) for c, found in remedies.items() if found]
         raise Refused(
             f"other users can write {', '.join(sorted({*foreign, *writable}))}, and so choose what "
             f"c2 runs; mend that: {'; '.join(mend)}"
@@ -2602,20 +2597,20 @@ def compare_trees(new: str, place: str) -> Tuple[List[str], List[str], List[str]
     pending = [""]
     while pending:
         at = pending.pop()
-        here = os.path.lexists(new + at)
-        there = os.path.lexists(place + at)
         if is_dir(new + at) and is_dir(place + at):
             names = {*os.listdir(new + at), *os.listdir(place + at)}
             pending += [f"{at}/{name}" for name in sorted(names, reverse=True)]
-        elif here and there and is_dir(new + at) != is_dir(place + at):
+        elif not os.path.lexists(place + at):
+            fresh.append(at)
+        elif not os.path.lexists(new + at):
+            kept.append(at)
+        elif is_dir(new + at) == is_dir(place + at):
+            common.append(at)
+        else:
             raise C2Error(
                 f"{place}{at} is {'a' if is_dir(place + at) else 'no'} directory, unlike in the "
                 "release; move it away, or start the release under another label"
             )
-        elif here and there:
-            common.append(at)
-        else:
-            (fresh if here else kept).append(at)
     return fresh, kept, common
 
 
@@ -2823,9 +2818,8 @@ def end_group(group: int) -> None:
     for signum, patience in ((signal.SIGTERM, END_GRACE_SECS), (signal.SIGKILL, 3)):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(group, signum)
-        deadline = time.monotonic() + patience
-        while group_alive(group) and time.monotonic() < deadline:
-            time.sleep(0.05)
+        if not all(group_alive(group) for _ in attempts(patience)):
+            return
 
 
 def end_orphan(group: Optional[JsonObject]) -> bool:
@@ -2841,12 +2835,12 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextlib.contextmanager
-def uninterruptible() -> Any:
+def uninterruptible() -> Iterator[None]:
     """Hold SIGINT, SIGTERM and SIGHUP back: an undo must not be undone half-way."""
     pending = []
 
     def hold(signum: int, frame: object) -> None:
-        say("putting things in order; a moment")
+        say("finishing what must not be cut short; a moment")
         pending.append(signum)
 
     before = {s: signal.signal(s, hold) for s in SIGNALS}
@@ -2874,7 +2868,7 @@ def undo_on_failure() -> Iterator[Undos]:
                 try:
                     take_back()
                 except (C2Error, OSError) as e:
-                    say(f"warning: while putting things back: {e}")
+                    say(f"warning: while rolling back: {e}")
         raise
 
 
@@ -2968,20 +2962,44 @@ def describe_holder(config: Config, holder: JsonObject) -> str:
     return f"c2 {holder.get('command', '')} (pid {holder.get('pid', 'unknown')}{step})"
 
 
+def acquire(
+    lock: IO[str], config: Config, wait: float, cancels: Optional[Callable[[JsonObject], bool]]
+) -> bool:
+    """Take the lock, and tell whether its holder was ended for it; Refused after `wait` seconds."""
+    import fcntl
+
+    for attempt, left in enumerate(attempts(wait, 0.1)):
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return False
+        holder = lock_holder(config)
+        name = describe_holder(config, holder)
+        if holder and cancels and cancels(holder):
+            say(f"ending {name}")
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(holder["pid"], signal.SIGTERM)
+            acquire(lock, config, max(left, 60), None)
+            return True
+        if not attempt:
+            say(f"waiting for {name}, at most {wait:g} s")
+    raise Refused(
+        f"{name} still works on this host after {wait:g} s; try again later, or wait longer with "
+        "--lock-wait SECS"
+    )
+
+
 @contextlib.contextmanager
 def locked(
     host: Host,
     wait: float,
     cancels: Optional[Callable[[JsonObject], bool]] = None,
     **about: Any,
-) -> Any:
+) -> Iterator[bool]:
     """Hold the host's lock, which dies with its process; Refused after `wait` seconds.
 
     about: what the holder says of itself to those who wait; cancels: whether the holder is to be
     ended instead, since this command takes back what that one does. Yields whether one was.
     """
-    import fcntl
-
     config = host.config
     require_private(
         config.deploys_dir,
@@ -2989,38 +3007,13 @@ def locked(
         *map(config.proxy_path, list_dir(config.proxy_path())),
     )
     make_dir(config.proxy_path())
-    deadline = time.monotonic() + wait
-    announced = False
-    cancelled = False
-    with open(
-        os.open(config.proxy_path("lock"), os.O_RDWR | os.O_CREAT, 0o600), "r+", encoding="utf-8"
-    ) as f:
-        os.fchmod(f.fileno(), 0o600)  # who can open it can hold it
-        while True:
-            try:
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                holder = lock_holder(config)
-            if holder and cancels and not cancelled and cancels(holder):
-                say(f"ending {describe_holder(config, holder)}")
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(holder["pid"], signal.SIGTERM)
-                cancelled = True
-                announced = True
-                deadline = max(deadline, time.monotonic() + 60)
-            if time.monotonic() >= deadline:
-                raise Refused(
-                    f"{describe_holder(config, holder)} still works on this host after {wait:g} s; "
-                    "try again later, or wait longer with --lock-wait SECS"
-                )
-            if not announced:
-                say(f"waiting for {describe_holder(config, holder)}, at most {wait:g} s")
-                announced = True
-            time.sleep(0.1)
-        f.truncate(0)
-        f.write(json.dumps(dict(identity(os.getpid()), command=host.log.command, **about)))
-        f.flush()
+    fd = os.open(config.proxy_path("lock"), os.O_RDWR | os.O_CREAT, 0o600)
+    with open(fd, "r+", encoding="utf-8") as lock:
+        os.fchmod(fd, 0o600)  # who can open it can hold it
+        cancelled = acquire(lock, config, wait, cancels)
+        lock.truncate(0)
+        lock.write(json.dumps(dict(identity(os.getpid()), command=host.log.command, **about)))
+        lock.flush()
         yield cancelled
 
 
@@ -3032,16 +3025,11 @@ def load_state(config: Config) -> State:
 
 def host_state(config: Config) -> State:
     """Load the state; where only camus2 has been, without the proxy, that of its link `current`."""
-    current = read_link(config.path(CURRENT))
     known = any(os.path.exists(config.proxy_path(name)) for name in ("state.json", "journal.json"))
-    if config.has_proxy or known or not current:
+    name = os.path.basename(read_link(config.path(CURRENT)) or "")
+    if config.has_proxy or known or not re.fullmatch(LABEL, name):
         return load_state(config)
-    name = os.path.basename(current)
-    return (
-        State(deploys={name: Deploy(name, f"{name}.zip", 0)})
-        if re.fullmatch(LABEL, name)
-        else State()
-    )
+    return State(deploys={name: Deploy(name, f"{name}.zip", 0)})
 
 
 def save_state(config: Config, state: State) -> None:
@@ -3056,10 +3044,7 @@ def report_unfinished(config: Config) -> None:
     if journal and holder:
         say(f"under way: {journal.doing}, pid {holder['pid']}, since {journal.record['since']}")
     elif journal:
-        say(
-            f"warning: killed: {journal.doing}; the next command that changes something puts it "
-            "right first"
-        )
+        say(f"warning: killed: {journal.doing}; the next command that changes something recovers")
     for name in list_dir(config.proxy_path("blocked")):
         say(f"warning: {name[: -len('.json')]} is blocked: a recovery failed; see c2 show-log")
 
@@ -3936,101 +3921,99 @@ def command_env(deploy: Deploy, directory: str) -> Dict[str, str]:
     return dict(port, C2_RELEASE=deploy.release, C2_DEPLOY=deploy.label, PWD=directory)
 
 
-def last_line(output: str) -> str:
-    return f": {output.splitlines()[-1].strip()}" if output.strip() else ", no output"
+def spawn_held(
+    script: str, directory: str, env: Dict[str, str], output: IO[bytes]
+) -> "Popen[bytes]":
+    """Start a shell script in a process group of its own; it begins when it is sent a line.
+
+    So the journal knows its leader first: a kill of c2 leaves no process that the next command
+    can't find.
+    """
+    import subprocess
+
+    return subprocess.Popen(
+        ["sh", "-c", 'read -r _ || exit 125; exec sh -c "$0" </dev/null', script],
+        cwd=directory,
+        env={**os.environ, **env},
+        stdin=subprocess.PIPE,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
 
 
-def await_command(host: Host, process: Any, follower: OutputTail, deploy: Deploy, kind: str) -> int:
-    """Wait for a release's command and show its output; gives its exit code."""
+def await_command(
+    host: Host, process: "Popen[bytes]", output: OutputTail, label: str, kind: str
+) -> int:
+    """Wait for a release's command and show its output; return its exit code."""
     import subprocess
 
     began = time.monotonic()
-    hinted = kind != "start"
+    hint_due = kind == "start"
     pause = 0.005
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
             return process.wait(pause)
-        follower.show()
+        output.show()
         pause = min(pause * 1.5, 0.1)
         passed = time.monotonic() - began
         if host.command_timeout and passed > host.command_timeout:
             raise CommandFailed(
-                f"{deploy.label}: the {kind} command has not ended after "
-                f"{host.command_timeout:g} s (commandTimeoutSecs) and was ended",
+                f"{label}: the {kind} command has not ended after {host.command_timeout:g} s "
+                "(commandTimeoutSecs) and was ended",
                 124,
-                follower.last(),
+                output.last(),
             )
-        if not hinted and passed > HINT_AFTER_SECS:
-            hinted = True
+        if hint_due and passed > HINT_AFTER_SECS:
+            hint_due = False
             say(
-                f"{deploy.label}: the start command still runs; c2 waits until it returns (docker "
-                "compose up -d, or a server in the background); "
-                f"c2 stop {deploy.label} elsewhere ends it"
+                f"{label}: the start command still runs; c2 waits until it returns (docker compose "
+                f"up -d, or a server in the background); c2 stop {label} elsewhere ends it"
             )
 
 
 def run_command(host: Host, journal: Journal, deploy: Deploy, kind: str, directory: str) -> None:
     """Run a release's prestart, start or stop command by `sh -c` in `directory`.
 
-    It gets a process group of its own, whose leader waits until the journal knows it: a kill of c2
-    leaves no process that the next command can't find. Raises CommandFailed with the last lines of
-    its output.
+    Raises CommandFailed with the last lines of its output.
     """
-    import subprocess
-
     require_private(*command_files(directory))
     release = read_release(directory)
-    command = getattr(release, f"{kind}_command")
-    if not command.strip():
+    script = getattr(release, f"{kind}_command")
+    if not script.strip():
         return
     learn_secrets(host, [os.path.join(directory, path) for path in release.config_sources.values()])
-    host.log.info(
-        kind, f"{deploy.label}: {kind}: {command}", release=deploy.release, deploy=deploy.label
-    )
-    path = output_path(host.config, deploy.label)
+    label = deploy.label
+    host.log.info(kind, f"{label}: {kind}: {script}", release=deploy.release, deploy=label)
     began = time.monotonic()
+    path = output_path(host.config, label)
     make_dir(os.path.dirname(path), 0o700)
-    env = dict(os.environ, **command_env(deploy, directory))
-    with open(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab") as output:
-        follower = OutputTail(path)
-        process = subprocess.Popen(
-            ["sh", "-c", 'read -r _ || exit 125; exec sh -c "$0" </dev/null', command],
-            cwd=directory,
-            env=env,
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    with open(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab") as f:
+        output = OutputTail(path)
+        process = spawn_held(script, directory, command_env(deploy, directory), f)
     try:
         journal.runs(process.pid)
         assert process.stdin
-        process.stdin.write(b"go\n")
-        process.stdin.close()
-        code = await_command(host, process, follower, deploy, kind)
+        with process.stdin as stdin:
+            stdin.write(b"go\n")
+        code = await_command(host, process, output, label, kind)
     except BaseException:
         end_group(process.pid)
         process.wait()
         raise
     finally:
         with contextlib.suppress(OSError):
-            follower.show(last=True)
+            output.show(last=True)
     if code:
-        ended = f"was ended by signal {-code}" if code < 0 else f"exited {code}"
         end_group(process.pid)
-        raise CommandFailed(
-            f"{deploy.label}: the {kind} command ({command.strip()}) {ended}"
-            + last_line(masked(follower.last(), host.log.secrets)),
-            code,
-            follower.last(),
-        )
-    host.log.event(
-        "info",
-        f"{kind}-done",
-        f"{deploy.label}: {kind} done",
-        deploy=deploy.label,
-        seconds=round(time.monotonic() - began, 3),
-    )
+        lines = masked(output.last(), host.log.secrets).splitlines()
+        reason = f"was ended by signal {-code}" if code < 0 else f"exited {code}"
+        reason += f": {lines[-1].strip()}" if lines else ", no output"
+        message = f"{label}: the {kind} command ({script.strip()}) {reason}"
+        raise CommandFailed(message, code, output.last())
+    seconds = round(time.monotonic() - began, 3)
+    message = f"{label}: the {kind} command has taken {seconds:g} s"
+    host.log.event("info", f"{kind}-done", message, deploy=label, seconds=seconds)
 
 
 # --------------------------------------------------------------------------------------------------
