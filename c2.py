@@ -77,6 +77,7 @@ from typing import (
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
+    from http.client import HTTPConnection
     from subprocess import Popen
     from zipfile import ZipFile, ZipInfo
 
@@ -5606,7 +5607,7 @@ def require_remote(config: Config, what: str) -> None:
 
 
 def remote_url(config: Config, *parts: str) -> str:
-    return "/".join([config.remote.rstrip("/"), *parts])
+    return "/".join([(config.remote or "").rstrip("/"), *parts])
 
 
 def master_url(config: Config) -> str:
@@ -5614,7 +5615,7 @@ def master_url(config: Config) -> str:
 
 
 def decode_master(source: str, url: str) -> State:
-    """The master state in a document; C2Error unless it is one, and a machine can do what it says.
+    """Decode the master state; C2Error unless it is one, and a machine can do what it says.
 
     Stricter than a host's own: what a half-written document leaves out, every machine would take
     down.
@@ -5626,24 +5627,22 @@ def decode_master(source: str, url: str) -> State:
     if absent:
         raise C2Error(f"{url} has no {absent[0]}, so it is no state")
     state = decode_state(value, url)
-    taken = {}  # type: Dict[tuple, str]
+    owners: Dict[Tuple[str, Any], str] = {}
     for name, deploy in state.deploys.items():
         try:
             check_label(name, State())
         except C2Error as e:
             raise C2Error(f"{url}: {e}") from None
         for what, its in (("port", deploy.port), ("docker compose project", compose_project(name))):
-            if not its or taken.setdefault((what, its), name) != name:
+            if not its or owners.setdefault((what, its), name) != name:
                 raise C2Error(f"{url}: {name} has no {what} of its own, but {its}")
     return state
 
 
-def read_master(config: Config) -> tuple:
-    """The master state and its ETag; an empty one and "" while there is none."""
-    import tempfile
-
+def read_master(config: Config) -> Tuple[State, str]:
+    """Read the master state and its ETag; an empty one and "" while there is none."""
     url = master_url(config)
-    with tempfile.TemporaryDirectory(prefix="c2-") as directory:
+    with scratch() as directory:
         path = os.path.join(directory, "state.json")
         try:
             etag = aws(
@@ -5676,7 +5675,8 @@ def put_object(url: str, value: Any, *conditions: str) -> None:
 
 def write_master(host: Host, state: State, etag: str) -> bool:
     """Write the master state, unless another master was quicker; tells whether it is written."""
-    url, value = master_url(host.config), encode(state)
+    url = master_url(host.config)
+    value = encode(state)
     try:
         put_object(url, value, *(["--if-match", etag] if etag else ["--if-none-match", "*"]))
     except Missing:
@@ -5697,82 +5697,59 @@ def write_master(host: Host, state: State, etag: str) -> bool:
     return True
 
 
-def change_master(host: Host, choose: Callable[[State], list]) -> tuple:
-    """Change the master state as `choose` says of it; anew on the fresh one when another master was
-    quicker. Returns the state, and the actions that led to it.
-    """
-    import random
-
-    new = None
-    for attempt in range(MASTER_TRIES):
-        state, etag = read_master(host.config)
-        if state == new:
-            break  # the last write has arrived, though its answer did not
-        if not etag:
-            check_forgotten(host.config)
-        actions, new = choose(state), state
-        for action in actions:
-            new = next_state(action, new, utc_now())
-        if not actions:
-            return state, []
-        what = ", ".join(describe(action) for action in actions)
-        new = new._replace(changed=Change(who(), utc_now(), what))
-        if write_master(host, new, etag):
-            break
-        time.sleep(random.uniform(0, min(0.25 * 2**attempt, 4)))
-    else:
-        raise C2Error(
-            f"other masters have changed {master_url(host.config)} {MASTER_TRIES} times meanwhile; "
-            "try again"
-        )
-    for action in actions:
-        message = f"recorded in the master state: {describe(action)}; the machines follow"
-        host.log.info("master", message, **log_fields(action))
-    return new, actions
-
-
-def check_forgotten(config: Config) -> None:
-    """Raise when there is no master state though machines run deploys: a new one would take these
-    down.
-    """
-    import tempfile
-
-    with tempfile.TemporaryDirectory(prefix="c2-") as directory:
-        running = [
-            r.label
-            for r in read_records(config, directory)
-            if r.age < LIVE_SECS and r.state and r.state.deploys
-        ]
-    if running:
-        raise Refused(
-            f"{master_url(config)} is gone, though {', '.join(running[:3])} run deploys, which a "
-            "new one would take down; put its last version back, or the `state` of a record in "
-            f"{remote_url(config, 'slaves')}/"
-        )
-
-
 class Record(NamedTuple):
-    """What a slave has reported: `raw` as it is stored, its `state`, `error` and `problems`, of
-    which that is made, decoded; `moment`: Unix time, 0 of what no slave has written.
-    """
+    """What a slave has reported."""
 
     label: str
-    moment: float
-    raw: Any
+    moment: float  # Unix time, 0 of what no slave has written
+    raw: Any  # as it is stored
     state: Optional[State]
     error: str
-    problems: List[dict]
+    problems: List[JsonObject]  # that the error is made of
 
     @property
     def age(self) -> float:
         return time.time() - self.moment
 
 
+def foreign_record(key: str) -> Record:
+    """Make what stands for an object below slaves/ that no slave has written."""
+    return Record(key, 0.0, None, None, "passed over, since its name is no slave's", [])
+
+
+def decode_record(label: str, moment: float, source: str) -> Record:
+    raw = None
+    try:
+        raw = parse_json(source, "the record")
+        status = raw["status"]
+        ok = status == "ok" or isinstance(status, dict) and "ok" in status
+        error = "" if ok else str(status["error"])
+        state, problems = decode_state(raw["state"], "the record"), raw.get("problems", [])
+        problems = [p for p in problems if error and isinstance(p, dict)]
+    except (C2Error, KeyError, TypeError) as e:
+        state, error, problems = None, f"the record can't be read: {e}", []
+    whole = [{"message": error}] if error else []  # a slave of camus2 does not tell them apart
+    return Record(label, moment, raw, state, error, problems or whole)
+
+
+def read_record(label: str, path: str) -> Record:
+    found = os.stat(path)
+    if not re.fullmatch(LABEL, label):
+        return foreign_record(one_line(f"{label}/state.json"))
+    moment = found.st_mtime  # sync sets it to the object's
+    if found.st_size > RECORD_BYTES:
+        error = f"the record has {found.st_size >> 20} MB and is not read"
+        return Record(label, moment, None, None, error, [{"message": error}])
+    with open(path, encoding="utf-8", errors="replace") as f:
+        return decode_record(label, moment, f.read())
+
+
 def read_records(config: Config, directory: str) -> List[Record]:
-    """The records of all slaves, by one call of the aws CLI; `directory` keeps them, so that the
-    next call only fetches what has changed.
+    """Read the records of all slaves, by one call of the aws CLI.
+
+    `directory` keeps them, so that the next call only fetches what has changed.
     """
-    skipped = []  # type: List[str]
+    skipped: List[str] = []
     try:
         aws(
             "s3",
@@ -5804,40 +5781,62 @@ def read_records(config: Config, directory: str) -> List[Record]:
     return sorted(found, key=lambda r: r.label)
 
 
-def foreign_record(key: str) -> Record:
-    """Stands for an object below slaves/ that no slave has written."""
-    return Record(key, 0.0, None, None, "passed over, since its name is no slave's", [])
+def check_forgotten(config: Config) -> None:
+    """Raise when there is no master state though machines run deploys: they would go down."""
+    with scratch() as directory:
+        running = [
+            r.label
+            for r in read_records(config, directory)
+            if r.age < LIVE_SECS and r.state and r.state.deploys
+        ]
+    if running:
+        raise Refused(
+            f"{master_url(config)} is gone, though {', '.join(running[:3])} run deploys, which a "
+            "new one would take down; put its last version back, or the `state` of a record in "
+            f"{remote_url(config, 'slaves')}/"
+        )
 
 
-def read_record(label: str, path: str) -> Record:
-    found = os.stat(path)
-    if not re.fullmatch(LABEL, label):
-        return foreign_record(one_line(f"{label}/state.json"))
-    moment = found.st_mtime  # sync sets it to the object's
-    if found.st_size > RECORD_BYTES:
-        error = f"the record has {found.st_size >> 20} MB and is not read"
-        return Record(label, moment, None, None, error, [{"message": error}])
-    with open(path, encoding="utf-8", errors="replace") as f:
-        return decode_record(label, moment, f.read())
+def change_master(
+    host: Host, choose: Callable[[State], Sequence[Action]]
+) -> Tuple[State, Sequence[Action]]:
+    """Change the master state as `choose` says; return it, and the actions that led to it.
+
+    When another master was quicker, `choose` is asked anew.
+    """
+    import random
+
+    new = None
+    for attempt in range(MASTER_TRIES):
+        state, etag = read_master(host.config)
+        if state == new:
+            break  # the last write has arrived, though its answer did not
+        if not etag:
+            check_forgotten(host.config)
+        actions = choose(state)
+        new = state
+        for action in actions:
+            new = next_state(action, new, utc_now())
+        if not actions:
+            return state, []
+        what = ", ".join(describe(action) for action in actions)
+        new = new._replace(changed=Change(who(), utc_now(), what))
+        if write_master(host, new, etag):
+            break
+        time.sleep(random.uniform(0, min(0.25 * 2**attempt, 4)))
+    else:
+        raise C2Error(
+            f"other masters have changed {master_url(host.config)} {MASTER_TRIES} times meanwhile; "
+            "try again"
+        )
+    for action in actions:
+        message = f"recorded in the master state: {describe(action)}; the machines follow"
+        host.log.info("master", message, **log_fields(action))
+    return new, actions
 
 
-def decode_record(label: str, moment: float, source: str) -> Record:
-    raw = None
-    try:
-        raw = parse_json(source, "the record")
-        status = raw["status"]
-        ok = status == "ok" or isinstance(status, dict) and "ok" in status
-        error = "" if ok else str(status["error"])
-        state, problems = decode_state(raw["state"], "the record"), raw.get("problems", [])
-        problems = [p for p in problems if error and isinstance(p, dict)]
-    except (C2Error, KeyError, TypeError) as e:
-        state, error, problems = None, f"the record can't be read: {e}", []
-    whole = [{"message": error}] if error else []  # a slave of camus2 does not tell them apart
-    return Record(label, moment, raw, state, error, problems or whole)
-
-
-def concerns(problem: dict, asked: Asked) -> bool:
-    """Whether a problem of a slave is one of the asked-for, or of the whole machine."""
+def concerns(problem: JsonObject, asked: Asked) -> bool:
+    """Tell whether a problem of a slave is one of the asked-for, or of the whole machine."""
     name, end_point = problem.get("deploy"), problem.get("endpoint")
     return not (name or end_point) or name in [*asked.deploys] or end_point in [*asked.connections]
 
@@ -5845,8 +5844,9 @@ def concerns(problem: dict, asked: Asked) -> bool:
 def slave_problem(
     config: Config, wanted: Optional[State], record: Record, asked: Optional[Asked] = None
 ) -> str:
-    """What is wrong with a slave, "" for nothing; wanted: the master state, None when it can't be
-    read; asked: what alone matters of it.
+    """Say what is wrong with a slave; "" for nothing.
+
+    wanted: the master state, None when it can't be read; asked: what alone matters of it.
     """
     age = f"{record.age:.0f} s" if record.age < 3 * LIVE_SECS else f"{record.age / 60:.0f} min"
     behind, error = "", record.error
@@ -5874,13 +5874,38 @@ def fleet_text(config: Config, wanted: Optional[State], records: List[Record]) -
     )
 
 
-def show_fleet(host: Host, args: Any) -> None:
-    """`status` of the master state, and on request of the slaves: two calls of the aws CLI, however
-    many.
-    """
-    import tempfile
+def fleet_status(
+    config: Config, args: "Namespace", directory: str
+) -> Tuple[str, Optional[C2Error]]:
+    """Return what `status` prints of a fleet, and why the master state can't be read, or None."""
+    state: Optional[State] = None
+    problem = None
+    try:
+        state = read_master(config)[0]
+    except C2Error as e:
+        problem = e
+    records = read_records(config, directory) if args.show_slaves else []
+    if args.json:
+        plain: JsonObject = {"master": encode(state) if state else None}
+        if args.show_slaves:
+            plain["slaves"] = [
+                {
+                    "label": r.label,
+                    "lastModified": utc_now(r.moment),
+                    "state": r.raw,
+                    "problem": slave_problem(config, state, r),
+                }
+                for r in records
+            ]
+        return json.dumps(plain, indent=2) + "\n", problem
+    shown = status_text(config, state, {}) if state else f"No master state: {problem}"
+    shown += "\n\n" + fleet_text(config, state, records) if args.show_slaves else "\n"
+    return printable(shown), problem
 
-    with tempfile.TemporaryDirectory(prefix="c2-") as directory:
+
+def show_fleet(host: Host, args: "Namespace") -> None:
+    """Show the master state, and on request its slaves: two calls of the aws CLI, however many."""
+    with scratch() as directory:
         while True:
             problem = None
             try:
@@ -5901,34 +5926,6 @@ def show_fleet(host: Host, args: Any) -> None:
         raise problem
 
 
-def fleet_status(config: Config, args: Any, directory: str) -> tuple:
-    """What `status` prints of a fleet, and the C2Error that the master state can't be read for, or
-    None.
-    """
-    state = problem = None
-    try:
-        state = read_master(config)[0]
-    except C2Error as e:
-        problem = e
-    records = read_records(config, directory) if args.show_slaves else []
-    if args.json:
-        plain = {"master": encode(state) if state else None}  # type: JsonObject
-        if args.show_slaves:
-            plain["slaves"] = [
-                {
-                    "label": r.label,
-                    "lastModified": utc_now(r.moment),
-                    "state": r.raw,
-                    "problem": slave_problem(config, state, r),
-                }
-                for r in records
-            ]
-        return json.dumps(plain, indent=2) + "\n", problem
-    shown = status_text(config, state, {}) if state else f"No master state: {problem}"
-    shown += "\n\n" + fleet_text(config, state, records) if args.show_slaves else "\n"
-    return printable(shown), problem
-
-
 def last_change(state: State) -> str:
     changed = state.changed
     if not changed:
@@ -5937,15 +5934,15 @@ def last_change(state: State) -> str:
 
 
 def await_fleet(host: Host, wait: float, asked: Optional[Asked] = None) -> None:
-    """Wait until all slaves that have reported lately report the master's state, or of it what was
-    asked for; C2Error with those that don't, or when that does not stand there any more.
-    """
-    import tempfile
+    """Wait until all live slaves report the master's state, or of it what was asked for.
 
+    C2Error with those that don't, or when that does not stand there any more.
+    """
     config, deadline, told = host.config, time.monotonic() + wait, ""
-    with tempfile.TemporaryDirectory(prefix="c2-") as directory:
+    with scratch() as directory:
         while True:
-            live, late = [], []
+            live: List[Record] = []
+            late: List[str] = []
             try:
                 wanted = read_master(config)[0]
                 gone = difference(asked, wanted) if asked else ""
@@ -5983,8 +5980,7 @@ def await_fleet(host: Host, wait: float, asked: Optional[Asked] = None) -> None:
 
 
 class Poll:
-    """The master's document, read cheaply: conditional GETs of a presigned URL over one kept
-    connection.
+    """Reads the master's document cheaply: conditional GETs of a presigned URL, one connection.
 
     Where S3 refuses those, `aws s3 cp` is used for a while: with old-style signatures or KMS it
     says 400, and 403 for a missing object to those who may not list the bucket, which only the aws
@@ -5992,12 +5988,18 @@ class Poll:
     """
 
     def __init__(self, log: Log, url: str) -> None:
-        self.log, self.url, self.connection = log, url, None
-        self.signed, self.renew, self.fall_back, self.told = "", 0.0, 0.0, False
-        self.etag = self.body = None  # type: Optional[str]
+        self.log = log
+        self.url = url
+        self.connection: "Optional[HTTPConnection]" = None
+        self.signed = ""
+        self.renew = 0.0
+        self.fall_back = 0.0
+        self.told = False
+        self.etag: Optional[str] = None
+        self.body = ""
 
     def read(self) -> str:
-        """The document as it is now; raises Missing without one, C2Error when it can't be read."""
+        """Read the document as it is now; Missing without one, C2Error when it can't be read."""
         problem, refused = "", False
         for _ in range(2 if time.monotonic() >= self.fall_back else 0):
             if time.monotonic() >= self.renew:
@@ -6030,19 +6032,17 @@ class Poll:
         return content
 
     def get(self) -> int:
-        """One conditional GET, made again when the kept connection has been closed; gives the
-        status.
-        """
+        """Make a conditional GET, again when the kept connection was closed; give the status."""
         from http.client import HTTPConnection, HTTPException, HTTPSConnection
         from urllib.parse import urlsplit
 
         parts = urlsplit(self.signed)
-        kept = self.connection is not None
+        connection = self.connection
         try:
-            if not kept:
+            if not connection:
                 kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
-                self.connection = kind(parts.netloc, timeout=HTTP_TIMEOUT_SECS)
-            self.connection.request(
+                connection = kind(parts.netloc, timeout=HTTP_TIMEOUT_SECS)
+            connection.request(
                 "GET",
                 f"{parts.path}?{parts.query}",
                 headers=dict(
@@ -6050,24 +6050,24 @@ class Poll:
                     **({"If-None-Match": self.etag} if self.etag else {}),
                 ),
             )
-            answer = self.connection.getresponse()
+            answer = connection.getresponse()
             body = answer.read()
         except (OSError, HTTPException) as e:
-            self.connection, broken = None, self.connection
-            if broken:
-                broken.close()
-            if kept:
+            if connection:
+                connection.close()
+            if self.connection:
+                self.connection = None
                 return self.get()
             raise OSError(str(e) or type(e).__name__) from None
+        self.connection = connection
         if answer.status == 200:
-            self.body, self.etag = body.decode("utf-8", "replace"), answer.getheader("ETag")
+            self.body = body.decode("utf-8", "replace")
+            self.etag = answer.getheader("ETag")
         return answer.status
 
 
 def slave_label(mode: ProxyMode) -> str:
-    """The name that this machine reports under: the configured one, or its EC2 instance id, by
-    IMDSv2.
-    """
+    """Return the name that this machine reports under: configured, or its EC2 instance id."""
     if mode.slave_label.name == "label":
         return mode.slave_label.value
     import urllib.request
@@ -6096,7 +6096,7 @@ def slave_label(mode: ProxyMode) -> str:
 
 
 def interface_address(name: str) -> str:
-    """The IPv4 address of a network interface (netdevice(7)); OSError when it has none."""
+    """Return the IPv4 address of a network interface (netdevice(7)); OSError when it has none."""
     import fcntl
     import socket
 
@@ -6134,8 +6134,9 @@ Key = Tuple[type, Any]  # a task's type belongs to it: tuples of two types may b
 
 
 def failure_key(task: Any) -> Key:
-    """What the failure of a task is kept under: a deploy that does not start is one, beside or in
-    place of another, and a stop, forced or not.
+    """Return what the failure of a task is kept under.
+
+    A deploy that does not start is one, beside or in place of another, and a stop, forced or not.
     """
     if isinstance(task, Replace):
         task = Create(task.deploy)
@@ -6145,7 +6146,7 @@ def failure_key(task: Any) -> Key:
 
 
 def task_subject(task: Any) -> Dict[str, str]:
-    """The deploy and the endpoint that a task is about; {}: the whole machine."""
+    """Return the deploy and the endpoint that a task is about; {}: the whole machine."""
     if isinstance(task, Chore):
         return {}
     if isinstance(task, Unblock):
@@ -6175,14 +6176,14 @@ class Retries:
     def __init__(self, log: Log, clock: Callable[[], float] = time.monotonic) -> None:
         self.log = log
         self.clock = clock
-        self.failures = {}  # type: Dict[Key, Failure]
+        self.failures: Dict[Key, Failure] = {}
         self.begin_round()
 
     def begin_round(self) -> None:
         self.began = self.clock()
-        self.done = set()  # type: Set[Key]
+        self.done: Set[Key] = set()
 
-    def attempt(self, task: Any, function: Callable, *args: Any) -> bool:
+    def attempt(self, task: Any, function: Callable[..., Any], *args: Any) -> bool:
         """Call the function that does a task; tells whether it succeeded."""
         key = failure_key(task)
         try:
@@ -6208,21 +6209,24 @@ class Observed(NamedTuple):
     master: Optional[State]  # None while it can't be read
     state: State
     done: Set[Key]  # in this round
-    blocked: List[str] = []  # labels whose recovery has failed
+    blocked: Sequence[str] = ()  # labels whose recovery has failed
     rebooted: bool = False  # and not all is started again
-    down: List[Deploy] = []  # which do not listen; asked only after a reboot
+    down: Sequence[Deploy] = ()  # which do not listen; asked only after a reboot
     proxy: bool = True  # whether there is to be one
-    disconnected: Dict[str, str] = {}  # for a replacement: ENDPOINT -> the label that it had
+    disconnected: Mapping[str, str] = EMPTY  # for a replacement: ENDPOINT -> the label that it had
 
 
-def next_actions(observed: Observed, backing_off: Callable[[Any], bool]) -> List[Any]:
-    """The tasks from this machine's state to the master's that are feasible now.
+def next_actions(
+    observed: Observed, master: State, backing_off: Callable[[Any], bool]
+) -> Sequence[Any]:
+    """Return the tasks from this machine's state to the master's that are feasible now.
 
     An endpoint that was disconnected for a replacement which can't be had is connected again first;
     what it was connected to stays until that is done. None is disconnected before all releases
     have been tried that endpoints are disconnected for.
     """
-    end_points, master, state = observed.end_points, observed.master, observed.state
+    end_points = observed.end_points
+    state = observed.state
     actions = feasible(end_points, state, master, backing_off)
     after = state
     for action in actions:
@@ -6241,7 +6245,7 @@ def next_actions(observed: Observed, backing_off: Callable[[Any], bool]) -> List
     targets = [
         master.deploys[master.connections[action.end_point]]
         for action in actions
-        if is_outage(end_points, action, master)
+        if isinstance(action, Disconnect) and is_outage(end_points, action, master)
     ]
     trials = [t for t in map(TryRelease, targets) if failure_key(t) not in observed.done]
     return trials or actions
@@ -6256,7 +6260,7 @@ def with_force(action: Any, failures: Dict[Key, Failure]) -> Any:
 
 
 def decide(observed: Observed, failures: Dict[Key, Failure], now: float) -> List[Any]:
-    """What a machine does next: tasks, up to the first that fails; none until a failure is due.
+    """Decide what a machine does next: tasks, up to the first that fails; none until one is due.
 
     now: when the round began, so that what fails in it is not tried twice.
     """
@@ -6278,7 +6282,7 @@ def decide(observed: Observed, failures: Dict[Key, Failure], now: float) -> List
         )
 
     restarts = [Restart(deploy) for deploy in observed.down]
-    tasks = [Chore.CONFIGURE]  # type: List[Any]
+    tasks: List[Any] = [Chore.CONFIGURE]
     tasks += [Unblock(name) for name in observed.blocked]
     tasks += [restart for restart in restarts if not backing_off(restart)]
     if observed.rebooted and all(failure_key(r) in observed.done for r in restarts):
@@ -6288,7 +6292,7 @@ def decide(observed: Observed, failures: Dict[Key, Failure], now: float) -> List
     for task in tasks:
         if failure_key(task) not in observed.done and not waits(task):
             return [task]
-    actions = next_actions(observed, backing_off) if observed.master else []
+    actions = next_actions(observed, observed.master, backing_off) if observed.master else []
     if actions:
         return [with_force(action, failures) for action in actions]
     connected = observed.state.connections
@@ -6297,9 +6301,9 @@ def decide(observed: Observed, failures: Dict[Key, Failure], now: float) -> List
 
 
 def still_disconnected(
-    disconnected: Dict[str, str], state: State, master: Optional[State]
+    disconnected: Mapping[str, str], state: State, master: Optional[State]
 ) -> Dict[str, str]:
-    """What of the endpoints that were disconnected for a replacement could be connected again."""
+    """Return which endpoints, disconnected for a replacement, could be connected again."""
     return {
         end_point: name
         for end_point, name in disconnected.items()
@@ -6324,9 +6328,9 @@ def do_tasks(
 
 
 def unfinished(observed: Observed) -> Set[Key]:
-    """The keys of all tasks that are still to be done, also of those that wait for others."""
+    """Return the keys of all tasks that are to be done, also of those that wait for others."""
     state, master = observed.state, observed.master
-    tasks = [Chore.RECOVER, Chore.CONFIGURE, Chore.FINISH_BOOT]  # type: List[Any]
+    tasks: List[Any] = [Chore.RECOVER, Chore.CONFIGURE, Chore.FINISH_BOOT]
     tasks += [Unblock(name) for name in observed.blocked]
     tasks += [Restart(deploy) for deploy in observed.down]
     tasks += [Chore.KEEP_PROXY] if observed.proxy else []
@@ -6345,8 +6349,8 @@ def unfinished(observed: Observed) -> Set[Key]:
 # --------------------------------------------------------------------------------------------------
 
 
-def slave_record(host: Host, problems: List[Dict[str, str]]) -> dict:
-    """What a machine tells the fleet of itself."""
+def slave_record(host: Host, problems: List[Dict[str, str]]) -> JsonObject:
+    """Return what a machine tells the fleet of itself."""
     import socket
 
     config, name, address = host.config, host.config.proxy.slave_interface_name, ""
@@ -6378,7 +6382,7 @@ class Reporter:
 
         self.host = host
         self.label = label
-        self.written = None  # type: Optional[dict]
+        self.written: Optional[JsonObject] = None
         self.lock = threading.Lock()  # the heartbeat has a thread of its own
 
     def report(self, problems: List[Dict[str, str]], anyway: bool = False) -> None:
@@ -6395,7 +6399,7 @@ class Reporter:
                 self.host.log.warn("record", f"this machine's record can't be written: {e}")
 
 
-def survive(log: Log, function: Callable, *args: Any) -> None:
+def survive(log: Log, function: Callable[..., Any], *args: Any) -> None:
     """Call a function; whatever goes wrong, a machine that nobody looks after goes on."""
     try:
         function(*args)
@@ -6403,7 +6407,9 @@ def survive(log: Log, function: Callable, *args: Any) -> None:
         log.warn("slave", problem_of(e)[0])
 
 
-def heartbeat(log: Log, beat: Callable[[], None], sleep: Callable = time.sleep) -> None:
+def heartbeat(
+    log: Log, beat: Callable[[], None], sleep: Callable[[float], Any] = time.sleep
+) -> None:
     """Call `beat` every minute, for ever; also while an action takes its time."""
     while True:
         sleep(HEARTBEAT_SECS)
@@ -6411,9 +6417,7 @@ def heartbeat(log: Log, beat: Callable[[], None], sleep: Callable = time.sleep) 
 
 
 def require_port(action: Any) -> None:
-    """Raise when something else holds the port that a deploy is to get; what was just stopped gets
-    a moment.
-    """
+    """Raise when something else holds a deploy's port; what was just stopped gets a moment."""
     deploy = action.deploy
     if isinstance(action, Replace) and action.old.port == deploy.port:
         return
@@ -6425,9 +6429,7 @@ def require_port(action: Any) -> None:
 
 
 def apply_action(host: Host, action: Any, state: State) -> None:
-    """Apply one action; raises when it fails, and when it succeeds in connecting what is not
-    ready.
-    """
+    """Apply one action; raise when it fails, or what it has connected is not ready."""
     if isinstance(action, (Create, Replace)):
         require_port(action)
     problem = None
@@ -6460,21 +6462,19 @@ class Slave:
     ) -> None:
         self.config_path = config_path
         self.retries = Retries(host.log, clock)
-        self.document = None  # type: Optional[str]  # the master's
-        self.master = None  # type: Optional[State]  # what it says
+        self.document: Optional[str] = None  # the master's
+        self.master: Optional[State] = None  # what it says
         self.missed_polls = 0
         self.started = False  # the first full round is over
         self.next_full_round = 0.0
-        self.disconnected = {}  # type: Dict[str, str]
-        self.problems = []  # type: List[Dict[str, str]]
+        self.disconnected: Dict[str, str] = {}
+        self.problems: List[Dict[str, str]] = []
         self.serving = False  # the proxy's port was open after the last full round
-        self.restarts = None  # type: Optional[int]  # of the proxy's container when it ran last
+        self.restarts: Optional[int] = None  # of the proxy's container when it ran last
         self.configure(host)
 
     def configure(self, host: Host) -> None:
-        """Work with this configuration; raises, and changes nothing, when it does not tell the
-        label.
-        """
+        """Work with this configuration; raise, and change nothing, when it tells no label."""
         limit = host.config.command_timeout_secs
         host = host._replace(command_timeout=SLAVE_TIMEOUT_SECS if limit is None else limit)
         self.reporter = Reporter(host, slave_label(host.config.proxy))
@@ -6482,11 +6482,9 @@ class Slave:
         self.poll = Poll(host.log, master_url(host.config))
 
     def round(self) -> List[Dict[str, str]]:
-        """Make this machine what the master state says, as far as that can be done now, and report;
-        returns what is wrong.
-        """
+        """Make this machine what the master state says, as far as can be; report what is wrong."""
         self.retries.begin_round()
-        reasons = []  # type: List[str]
+        reasons: List[str] = []
         if not self.started:  # a reboot's work waits for no S3
             self.retries.done.add(failure_key(Chore.CONFIGURE))
             reasons = self.reconcile(None)
@@ -6600,9 +6598,10 @@ class Slave:
             apply_action(host, task, state)
 
     def keep_proxy(self, state: State) -> None:
-        """Make the proxy serve `state`, and run if it does not. That it had died is a failure also
-        where it runs again: so the record tells of it, and of one that dies again and again for as
-        long as it does, with growing pauses.
+        """Make the proxy serve `state`, and run if it does not.
+
+        That it had died is a failure also where it runs again: so the record tells of it, and of
+        one that dies again and again for as long as it does, with growing pauses.
         """
         config = self.host.config
         found = inspect_proxy(config, container_name(config))
