@@ -1730,6 +1730,15 @@ def next_port(ports: PortRange, last: int, in_use: Callable[[int], bool]) -> int
     )
 
 
+def prunable(unpacked: Dict[str, float], needed: Collection[str], keep: int) -> List[str]:
+    """Choose the labels to remove: all but those that are needed and the newest.
+
+    unpacked: LABEL -> when it was.
+    """
+    newest = sorted(unpacked, key=lambda name: (-unpacked[name], name))[:keep]
+    return sorted({*unpacked} - {*needed} - {*newest})
+
+
 def start_actions(state: State, deploy: Deploy, runs: Callable[[Deploy], bool]) -> List[Action]:
     """Return what `start` does; deploy.port is the one it gets if it needs a new one.
 
@@ -2539,6 +2548,19 @@ def sync_file_system(path: str) -> None:
             raise C2Error(f"{path}: what was written did not reach the disk; see the system's log")
     finally:
         os.close(fd)
+
+
+def disk_usage(path: str) -> int:
+    """Return how many bytes a file takes on the disk, or a directory with all in it."""
+    paths = [path]
+    for root, directories, files in os.walk(path):
+        paths += [os.path.join(root, name) for name in directories + files]
+    blocks = {}
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            status = os.lstat(path)
+            blocks[status.st_dev, status.st_ino] = status.st_blocks
+    return 512 * sum(blocks.values())
 
 
 def replace_link(path: str, target: Optional[str]) -> None:
@@ -5421,15 +5443,24 @@ def roll_back(work: Work) -> str:
     return ", ".join(filter(None, results))
 
 
-def clean_up(host: Host) -> None:
-    """Remove what staging, replaced deploys and kills have left, but what a recovery needs."""
-    config = host.config
-    blocked = {name[: -len(".json")] for name in list_dir(config.proxy_path("blocked"))}
+def unfinished(config: Config) -> Set[str]:
+    """Return the labels that a journal is about: of an action under way, and of those blocked."""
+    labels = {name[: -len(".json")] for name in list_dir(config.proxy_path("blocked"))}
+    journal = read_journal(config.proxy_path("journal.json"))
+    if journal:
+        fields = journal.action._asdict()
+        labels |= {d.label for d in fields.values() if isinstance(d, Deploy)}
+    return labels
+
+
+def list_garbage(config: Config) -> List[str]:
+    """List what staging, replaced deploys and kills have left, but what a recovery needs."""
+    needed = unfinished(config)
     garbage = [
         config.path(place, name)
         for place in (".staging", ".old")
         for name in list_dir(config.path(place))
-        if name not in blocked
+        if name not in needed
     ]
     for directory in (
         config.deploys_dir,
@@ -5443,7 +5474,12 @@ def clean_up(host: Host) -> None:
             for t in temps
             if t and not start_time(int(t.group(1)))
         ]
-    for path in garbage:
+    return garbage
+
+
+def clean_up(host: Host) -> None:
+    """Remove what earlier commands have left."""
+    for path in list_garbage(host.config):
         try:
             remove(path)
         except OSError as e:
@@ -5584,6 +5620,40 @@ def retry_blocked(host: Host, subject: str) -> None:
     if os.path.exists(path):
         os.replace(path, host.config.proxy_path("journal.json"))
         recover(host)
+
+
+def list_unneeded(config: Config, keep: int) -> List[str]:
+    """List the directories of releases that nothing needs, and the outputs of labels without one.
+
+    What has no release.json is none of c2's. Without the proxy the newest releases stay, and the
+    one before the running one.
+    """
+    state = host_state(config)
+    needed = {*state.deploys, *unfinished(config), read_link(config.path(CURRENT)) or ""}
+    if not config.has_proxy and CURRENT in state.previous:
+        needed.add(state.previous[CURRENT].label)
+    unpacked = {}
+    for name in list_dir(config.deploys_dir):
+        path = config.path(name, "release.json")
+        if re.fullmatch(LABEL, name) and is_dir(config.path(name)) and os.path.lexists(path):
+            unpacked[name] = os.lstat(path).st_mtime
+    labels = prunable(unpacked, needed, 0 if config.has_proxy else keep)
+    outputs = [stem(name) for name in list_dir(config.proxy_path("output"))]
+    gone = {*outputs} - needed - ({*unpacked} - {*labels})
+    return [
+        *map(config.path, labels),
+        *(output_path(config, name) for name in sorted(gone)),
+    ]
+
+
+def remove_unneeded(config: Config, path: str) -> None:
+    """Remove what `list_unneeded` lists; of a directory a kill leaves garbage, no half deploy."""
+    if is_dir(path):
+        aside = config.path(".old", os.path.basename(path))
+        make_dir(config.path(".old"), 0o700)
+        os.rename(path, aside)
+        path = aside
+    remove(path)
 
 
 @contextlib.contextmanager
@@ -7023,6 +7093,39 @@ def cmd_slave_flush(host: Host, args: "Namespace") -> None:
         f"removed {len(stale)} slave records older than {FLUSH_SECS} s"
         + "".join(f"\n  {name}" for name in stale),
     )
+
+
+@subcommand(
+    "remove what no deploy needs: old releases' directories, and what kills have left",
+    "c2 prune --keep 5",
+    argument(
+        "--keep",
+        type=amount(int),
+        default=3,
+        metavar="N",
+        help="without the proxy: the newest N stay, and what runs and what ran before (default: 3)",
+    ),
+    argument("--dry-run", action="store_true", help="only print what would be removed"),
+    LOCK_WAIT,
+)
+def cmd_prune(host: Host, args: "Namespace") -> None:
+    config = host.config
+    if args.dry_run:
+        paths = [*list_garbage(config), *list_unneeded(config, args.keep)]
+        sizes = {path: disk_usage(path) for path in paths}
+        emit("".join(f"remove {path}: {size_text(size)}\n" for path, size in sizes.items()))
+        say(f"this would free {size_text(sum(sizes.values()))}")
+        return report_unfinished(config)
+    freed = 0
+    with locked(host, args.lock_wait, verb="prune"):
+        sizes = {path: disk_usage(path) for path in list_garbage(config)}
+        recover(host)  # which removes these
+        sizes.update((path, disk_usage(path)) for path in list_unneeded(config, args.keep))
+        for path, size in sizes.items():
+            remove_unneeded(config, path)
+            freed += size
+            host.log.info("prune", f"removed {path}: {size_text(size)}")
+    host.log.info("pruned", f"freed {size_text(freed)}")
 
 
 @subcommand(

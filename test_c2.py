@@ -4588,6 +4588,201 @@ class NoProxy(OneHost):
             self.c2("start", "b.zip", "--lock-wait", bad, code=2)
 
 
+class Pruning(OneHost):
+    """`prune`: what nothing needs goes, and nothing else."""
+
+    def tree(self):
+        """Every file, link and directory of the sandbox, with its bytes and times."""
+        found = {}
+        for root, dirs, files in os.walk(self.dir):
+            for name in dirs + files:
+                path = os.path.join(root, name)
+                status = os.lstat(path)
+                content = b""
+                if stat.S_ISREG(status.st_mode):
+                    with open(path, "rb") as f:
+                        content = f.read()
+                found[os.path.relpath(path, self.dir)] = (status.st_mtime_ns, content)
+        return found
+
+    def removed(self, *args):
+        """What prune removes of the sandbox, told by itself; first as it is foretold."""
+        before = self.tree()
+        foretold = self.c2("prune", "--dry-run", *args)
+        self.assertEqual(self.tree(), before)
+        names = re.findall("(?m)^remove %s/(.*): .* [kM]?B$" % re.escape(self.dir), foretold.out)
+        self.assertEqual(len(names), foretold.out.count("\n"))
+        said = self.c2("prune", *args).err
+        self.assertEqual(
+            re.findall("(?m)^c2: removed %s/(.*): .* [kM]?B$" % re.escape(self.dir), said), names
+        )
+        self.assertEqual(
+            re.search("this would free (.*)", foretold.err).group(1),
+            re.search("c2: freed (.*)", said).group(1),
+        )
+        after = self.tree()
+        gone = {path for path in before if path not in after}
+        self.assertEqual(
+            {path for path in gone if path not in names},
+            {path for path in gone if path.startswith(tuple(name + "/" for name in names))},
+        )
+        changed = {p for p in after if p in before and before[p][1] != after[p][1]}
+        self.assertLessEqual(
+            changed | {*after} - {*before},
+            {"log.json", "deploys/.old", "deploys/frontend-proxy", "deploys/frontend-proxy/lock"},
+        )
+        self.assertEqual([name for name in names if name in after], [])
+        return [name.replace("deploys/", "") for name in names]
+
+    def unpacked(self, label, age=0):
+        """The directory of a release, unpacked so long ago; and its output."""
+        path = self.write("deploys/%s/release.json" % label, {})
+        self.write("deploys/%s/data/file" % label, "x" * 20000)
+        self.write("deploys/frontend-proxy/output/%s.log" % label, label)
+        os.utime(path, (2e9 - age, 2e9 - age))
+        return ["%s" % label, "frontend-proxy/output/%s.log" % label]
+
+    def strangers(self):
+        """What looks like a release, and is none."""
+        self.write("deploys/backup/dump", "precious")
+        self.write("deploys/file", "precious")
+        self.write("deploys/.hidden/release.json", "{}")
+        self.write("deploys/a b/release.json", "{}")
+        self.write("elsewhere/release.json", "{}")
+        os.symlink("../elsewhere", self.path("deploys", "link"))
+
+    def test_without_the_proxy(self):
+        for n in range(1, 7):
+            self.marked("web-%d.zip" % n)
+            self.c2("start", "web-%d.zip" % n)
+            os.utime(self.path("deploys", "web-%d" % n, "release.json"), (2e9 + n, 2e9 + n))
+        os.utime(self.path("deploys", "web-1", "release.json"), (3e9, 3e9))  # started anew, say
+        self.c2("start", "web-3.zip")
+        os.utime(self.path("deploys", "web-3", "release.json"), (1e9, 1e9))
+        self.strangers()
+        state = self.state()
+        self.assertEqual(self.removed("--keep", "2"), self.web(2, 4, 5))
+        self.assertEqual(self.removed("--keep", "2"), [])
+        self.assertEqual((self.state(), self.current()), (state, "web-3"))
+        self.c2("rollback")
+        self.assertEqual(self.current(), "web-6")
+        self.assertEqual(self.removed(), [])
+        self.assertEqual(self.removed("--keep", "0"), self.web(1))
+        self.c2("stop", "web-6")
+        self.assertEqual(self.removed("--keep", "0"), self.web(3))
+        self.c2("rollback")
+        self.assertEqual(self.current(), "web-6")
+
+    def web(self, *numbers):
+        """The directories and the outputs of web-N."""
+        outputs = ["frontend-proxy/output/web-%d.log" % n for n in numbers]
+        return ["web-%d" % n for n in numbers] + outputs
+
+    def test_what_only_camus2_knows(self):
+        self.unpacked("web-1")
+        self.unpacked("web-2")
+        shutil.rmtree(self.path("deploys", "frontend-proxy"))
+        os.symlink("web-1", self.path("deploys", "current"))
+        self.assertEqual(self.removed("--keep", "0"), ["web-2"])
+        self.write("deploys/frontend-proxy/state.json", {"deploys": {}, "connections": {}})
+        self.assertEqual(self.removed("--keep", "0"), [])
+
+    def test_with_the_proxy(self):
+        end_points = {"main": {"serverNames": ["x"], "etype": "httpOnly"}}
+        self.configure(deployMode={"proxy": {"endPoints": end_points}})
+        kept = {
+            "deploys": {"runs": {"label": "runs", "release": "runs.zip", "port": 8000}},
+            "connections": {},
+            "previous": {"current": {"label": "web-1", "release": "web-1.zip", "port": 0}},
+        }
+        self.write("deploys/frontend-proxy/state.json", kept)
+        self.unpacked("runs")
+        left = self.unpacked("web-1") + self.unpacked("web-2")
+        os.mkdir(self.path("deploys", ".old"), 0o700)
+        os.mkdir(self.path("deploys", ".staging"), 0o711)
+        self.write("deploys/.old/web-0/file", "x")
+        self.write("deploys/.staging/web-3/file", "x")
+        self.write("deploys/frontend-proxy/state.json.%d-ab~" % 2**30, "x")
+        self.write("deploys/frontend-proxy/output/ended.log", "x")
+        for path in ("blocked", ".old/blocked", ".staging/blocked"):
+            self.write("deploys/%s/release.json" % path, {})
+        self.write("deploys/frontend-proxy/blocked/blocked.json", {})
+        self.write("deploys/frontend-proxy/output/blocked.log", "x")
+        self.strangers()
+        self.assertEqual(
+            sorted(self.removed()),
+            sorted(
+                left
+                + [".old/web-0", ".staging/web-3", "frontend-proxy/output/ended.log"]
+                + ["frontend-proxy/state.json.%d-ab~" % 2**30]
+            ),
+        )
+
+    def test_beside_a_start(self):
+        """What another c2 is at work on is not counted, and not taken."""
+        front = "%s" % self.front()
+        self.marked("web-1.zip", prestartCommand=front)
+        left = self.unpacked("web-0")
+        process = self.start_foreground("web-1.zip")
+        ran = self.c2("prune", "--dry-run", "--keep", "0")
+        self.assertEqual(
+            re.findall("(?m)/deploys/(.*):", ran.out), [left[0], "frontend-proxy/output/web-0.log"]
+        )
+        self.assertIn("c2: under way: start web-1", ran.err)
+        self.c2("prune", "--lock-wait", "0", code=3)
+        process.terminate()
+        process.wait()
+
+    def test_after_a_kill(self):
+        self.marked("web-1.zip")
+        self.marked("web-2.zip", startCommand=self.front())
+        self.c2("start", "web-1.zip")
+        process = self.start_foreground("web-2.zip")
+        process.kill()
+        process.wait()
+        ran = self.c2("prune", "--dry-run", "--keep", "0")
+        self.assertEqual((ran.out, "warning: killed" in ran.err), ("", True))
+        self.assertIn("recovered", self.c2("prune", "--keep", "0").err)
+        self.assertEqual(self.current(), "web-1")
+        self.assertEqual(sorted(self.state()["deploys"]), ["web-1"])
+
+    def test_killed(self):
+        """Half a directory is garbage, that the next command removes."""
+        self.unpacked("web-1")
+        self.configure()
+        config = c2.load_config(self.path("etc", "camus2.json"))
+        with mock.patch.object(c2, "remove", side_effect=KeyboardInterrupt):
+            with self.assertRaises(KeyboardInterrupt):
+                c2.remove_unneeded(config, self.path("deploys", "web-1"))
+        self.assertEqual(os.listdir(self.path("deploys", ".old")), ["web-1"])
+        self.assertIn(".old/web-1", self.removed()[0])
+
+    def test_laws(self):
+        rnd = random.Random(SEED)
+        for _ in range(300):
+            labels = rnd.sample("abcdefgh", rnd.randrange(8))
+            unpacked = {name: rnd.randrange(5) for name in labels}
+            needed = {*rnd.sample("abcdefgh", rnd.randrange(5))}
+            keep = rnd.randrange(6)
+            with self.subTest(seed=SEED, unpacked=unpacked, needed=needed, keep=keep):
+                gone = c2.prunable(unpacked, needed, keep)
+                stay = {*unpacked} - {*gone}
+                self.assertLessEqual({*gone}, {*unpacked} - needed)
+                self.assertGreaterEqual(len(stay), min(keep, len(unpacked)))
+                self.assertLessEqual(len(stay - needed), keep)
+                for old in gone:
+                    newer = [name for name in stay if unpacked[name] >= unpacked[old]]
+                    self.assertGreaterEqual(len(newer), keep)
+
+    def test_space(self):
+        self.write("d/a", "x" * 100000)
+        os.link(self.path("d", "a"), self.path("d", "b"))
+        os.symlink("/usr", self.path("d", "c"))
+        said = int(subprocess.check_output(["du", "-sB1", self.path("d")]).split()[0])
+        self.assertEqual(c2.disk_usage(self.path("d")), said)
+        self.assertEqual(c2.disk_usage(self.path("none")), 0)
+
+
 class Merging(unittest.TestCase):
     """A release is put over what is in its place, and taken back, for any two trees."""
 
