@@ -5443,7 +5443,7 @@ def roll_back(work: Work) -> str:
     return ", ".join(filter(None, results))
 
 
-def unfinished(config: Config) -> Set[str]:
+def labels_under_way(config: Config) -> Set[str]:
     """Return the labels that a journal is about: of an action under way, and of those blocked."""
     labels = {name[: -len(".json")] for name in list_dir(config.proxy_path("blocked"))}
     journal = read_journal(config.proxy_path("journal.json"))
@@ -5455,7 +5455,7 @@ def unfinished(config: Config) -> Set[str]:
 
 def list_garbage(config: Config) -> List[str]:
     """List what staging, replaced deploys and kills have left, but what a recovery needs."""
-    needed = unfinished(config)
+    needed = labels_under_way(config)
     garbage = [
         config.path(place, name)
         for place in (".staging", ".old")
@@ -5629,7 +5629,7 @@ def list_unneeded(config: Config, keep: int) -> List[str]:
     one before the running one.
     """
     state = host_state(config)
-    needed = {*state.deploys, *unfinished(config), read_link(config.path(CURRENT)) or ""}
+    needed = {*state.deploys, *labels_under_way(config), read_link(config.path(CURRENT)) or ""}
     if not config.has_proxy and CURRENT in state.previous:
         needed.add(state.previous[CURRENT].label)
     unpacked = {}
