@@ -5400,6 +5400,8 @@ def begin(host: Host, action: Action, state: State) -> Work:
     entry = {"action": encode_action(action), "command": host.log.command, "since": utc_now()}
     work = Work(host, Journal(host.config.proxy_path("journal.json"), entry), action, state)
     entry["steps"] = steps_of(work)
+    if state.deploys and not os.path.exists(host.config.proxy_path("state.json")):
+        save_state(host.config, state)  # from camus2's link `current`: a recovery has to know it
     return work
 
 

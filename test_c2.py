@@ -5055,6 +5055,20 @@ class NoProxyFailures(OneHost):
             c2.roll_back(work._replace(journal=c2.read_journal(work.journal.path)))
         self.assertEqual(["stop x x.zip", "start x x.zip"], self.ran())
 
+    def test_what_only_camus2_has_started_is_started_again_after_a_kill(self):
+        os.unlink(self.path("deploys", "frontend-proxy", "state.json"))
+        self.marked("x.zip", startCommand=self.front())
+        process = self.start_foreground("x.zip")
+        process.kill()
+        self.finish(process)
+        self.ran()
+        found = self.c2("stop", "nosuch", code=3)
+        self.assertIn("started good (good.zip) again", found.err)
+        self.assertEqual(
+            (["stop x x.zip", "start good good.zip"], "good"), (self.ran(), self.current())
+        )
+        self.assertEqual(["good"], list(self.state()["deploys"]))
+
     def test_a_stop_that_hangs_does_not_hang_the_undo(self):
         self.marked("x.zip", stopCommand=self.front())
         self.c2("start", "x.zip")
