@@ -99,6 +99,7 @@ RELOAD_TIMEOUT_SECS = 10
 ASK_TIMEOUT_SECS = 3
 DOCKER_TIMEOUT_SECS = 600  # `docker compose up` may have to pull an image
 HTTP_TIMEOUT_SECS = 30
+COMPLETION_SECS = 0.5  # a TAB waits so long for names; those that come later are for the next one
 DRAINED_SECS = 0.2  # without a connection; a busy nginx has read the link, but not connected yet
 OUTPUT_LINES = 20  # of a failed command, kept in the log and the message
 RECORD_BYTES = 16 << 20  # of a slave; the one of 3000 deploys has 1 MB
@@ -6766,6 +6767,11 @@ WAIT = argument(
 JSON = argument("--json", "--json-output", action="store_true", dest="json", help="print JSON")
 
 
+def wanted_state(config: Config) -> State:
+    """Return the state that commands are about: the fleet's, else this host's."""
+    return read_master(config)[0] if config.remote else host_state(config)
+
+
 def require_proxy(config: Config, what: str) -> None:
     if not config.has_proxy:
         raise ConfigError(f"{what} needs the proxy, but deployMode is noproxy; see c2 help")
@@ -7143,7 +7149,7 @@ def cmd_list_releases(host: Host, args: "Namespace") -> None:
         return emit(readable_json(names, indent=2) + "\n")
     state = State()
     try:
-        state = read_master(config)[0] if config.remote else host_state(config)
+        state = wanted_state(config)
     except (C2Error, OSError) as e:
         say(f"warning: what runs is not known: {e}")
     emit(releases_text(releases, state))
@@ -7388,6 +7394,68 @@ def manual() -> str:
     return "\n".join(lines) + MANUAL
 
 
+# A line of `c2 --complete WORD...` is a candidate, a tab, and what it means; / stands for files.
+COMPLETION = {
+    "bash": """\
+FUNCTION() {
+  mapfile -t COMPREPLY < <(PROGRAM --complete "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null)
+  COMPREPLY=("${COMPREPLY[@]%%$'\\t'*}")
+  [ "${COMPREPLY[0]}" != / ] || { COMPREPLY=(); compopt -o default; }
+}
+complete -o nosort -F FUNCTION NAME 2>/dev/null || complete -F FUNCTION NAME
+""",
+    "zsh": """\
+#compdef NAME
+FUNCTION() {
+  local -a lines
+  lines=("${(@f)$(PROGRAM --complete "${(@)words[2,CURRENT]}" 2>/dev/null)}")
+  [[ -n $lines[1] ]] || return 1
+  [[ $lines[1] != / ]] || { _files; return }
+  lines=("${(@)lines//:/\\\\:}")
+  lines=("${(@)lines/$'\\t'/:}")
+  _describe -V NAME lines
+}
+if [[ $funcstack[1] == FUNCTION ]]; then FUNCTION "$@"; else compdef FUNCTION NAME; fi
+""",
+    "fish": """\
+function FUNCTION
+  set -l words (commandline -opc)
+  set -l lines (PROGRAM --complete $words[2..-1] (commandline -ct) 2>/dev/null)
+  if test "$lines[1]" = /
+    __fish_complete_path (commandline -ct)
+  else
+    string join \\n -- $lines
+  end
+end
+complete -c NAME -k -f -a '(FUNCTION)'
+""",
+}
+
+
+def completion_script(shell: str, name: str, program: str = "") -> str:
+    """Return what makes a shell complete `name`, by asking `program`, else what is typed."""
+    import shlex
+
+    typed = '"$1"' if shell == "bash" else "$words[1]"
+    words = {
+        "FUNCTION": "_" + re.sub(r"\W", "_", name),
+        "PROGRAM": shlex.quote(program) if program else typed,
+        "NAME": shlex.quote(name),
+    }
+    return re.sub("|".join(words), lambda match: words[match.group()], COMPLETION[shell])
+
+
+@subcommand(
+    "print what makes a shell complete commands, options, releases, deploys and endpoints",
+    "c2 completion bash > /etc/bash_completion.d/c2",
+    argument("shell", metavar="SHELL", choices=[*COMPLETION], help=", ".join(COMPLETION)),
+    host=False,
+)
+def cmd_completion(args: "Namespace") -> None:
+    program = args.program or __file__
+    emit(completion_script(args.shell, os.path.basename(program), args.program))
+
+
 @subcommand("print the manual", "c2 help", host=False)
 def cmd_help(args: "Namespace") -> None:
     emit(manual())
@@ -7403,13 +7471,149 @@ def cmd_version(args: "Namespace") -> None:
 # --------------------------------------------------------------------------------------------------
 
 
+COMMON = (
+    argument(
+        "--config",
+        metavar="PATH",
+        help="the configuration: a file, s3://... or https://... (default: $CAMUS2_CONFIG, "
+        "else ../etc/camus2.json or .yaml beside c2)",
+    ),
+    argument("--debug", action="store_true", help="show the programs that are run, and tracebacks"),
+)
+FILES = ("PATH", "DIR", "ARCHIVE", "TEMPLATE", "OUT")  # metavars
+
+
+class Completion(NamedTuple):
+    """What the word at the cursor may become."""
+
+    start: str  # of the word
+    words: Dict[str, str]  # with what they mean
+    metavars: List[str]  # of files, and of what the machine knows
+    config: Optional[str]  # the command line's
+
+
+def completion(words: Sequence[str]) -> Completion:
+    """Decide by COMMANDS what the last of the words after `c2` may become."""
+    line: List[str] = []
+    for word in words:  # bash has three words for --config=PATH
+        line += word.split("=", 1) if word.startswith("--") else [word]
+    if line[-1:] == ["="]:
+        line.append("")
+    *before, start = [word for word in line if word != "="] or [""]
+
+    arguments = {name: settings for names, settings in COMMON for name in names}
+    command = config = None
+    option = ""  # whose value comes next
+    position = 0
+    for word in before:
+        if option:
+            config = word if option == "--config" else config
+            option = ""
+        elif word.startswith("-"):
+            option = word if "action" not in arguments.get(word, {"action": ""}) else ""
+        elif command:
+            position += 1
+        else:
+            command = word
+            known = COMMANDS[word].arguments if word in COMMANDS else ()
+            arguments.update((name, settings) for names, settings in known for name in names)
+
+    values: List[Dict[str, Any]] = []
+    if option:
+        values = [arguments[option]]
+    elif start.startswith("-"):
+        options = {k: v["help"] for k, v in arguments.items() if k.startswith("-")}
+        return Completion(start, {**options, "--help": "show how it is used"}, [], config)
+    elif not command:
+        return Completion(start, {k: v.summary for k, v in COMMANDS.items()}, [], config)
+    else:
+        positional = [v for k, v in arguments.items() if not k.startswith("-")][position:]
+        for settings in positional:
+            values.append(settings)
+            if "nargs" not in settings:  # one that may be left out leads to the next
+                break
+    choices = {choice: "" for settings in values for choice in settings.get("choices", ())}
+    return Completion(start, choices, [settings["metavar"] for settings in values], config)
+
+
+def names_for(option: Optional[str], metavars: Sequence[str]) -> List[str]:
+    """List the names that this machine knows for arguments, with this --config."""
+    config = load_config(option, warn=lambda message: None)
+    names: List[str] = []
+    if "ENDPOINT" in metavars:
+        names += sorted(config.end_points)
+    if "DEPLOY" in metavars:
+        names += sorted(wanted_state(config).deploys)
+    if "RELEASE" in metavars:
+        names += [release.name for release in release_store(config).releases()]
+    return names
+
+
+def ask_in_background(ask: Callable[[], List[str]], cache: str) -> List[str]:
+    """Return what `ask` gives within COMPLETION_SECS, else what it gave last; it goes on."""
+    import select
+
+    reader, writer = os.pipe()
+    if not os.fork():
+        try:
+            os.setsid()
+            null = os.open(os.devnull, os.O_RDWR)
+            for fd in (0, 1, 2, reader):  # a shell waits for whoever has its pipe
+                os.dup2(null, fd)
+            signal.alarm(60)
+            answer = json.dumps(ask())
+            with contextlib.suppress(OSError):
+                make_dir(os.path.dirname(cache), 0o700)
+                replace_file(cache, answer, 0o600)
+            with open(writer, "w") as f:
+                f.write(answer)
+        finally:
+            os._exit(0)
+    os.close(writer)
+    output = b""
+    with open(reader, "rb", 0) as f:
+        for left in attempts(COMPLETION_SECS, 0):
+            if not select.select([f], [], [], max(0, left))[0]:
+                break
+            chunk = f.read(1 << 16)
+            output += chunk
+            if not chunk:
+                break
+    with contextlib.suppress(ValueError):
+        return list(json.loads(output))
+    with contextlib.suppress(ValueError, OSError, C2Error):
+        return list(json.loads(read_file(cache) or "[]"))
+    return []
+
+
+def complete(words: Sequence[str]) -> str:
+    """Return what `c2 --complete WORD...` prints."""
+    import hashlib
+
+    start, found, metavars, option = completion(words)
+    if {*metavars} & {*FILES}:
+        return "/\n"
+    if {*metavars} & {"ENDPOINT", "DEPLOY", "RELEASE"}:
+        with contextlib.suppress(C2Error):
+            path = find_config(option)
+            about = [path if "://" in path else os.path.abspath(path), *metavars]
+            home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+            digest = hashlib.sha256("\n".join(about).encode("utf-8", "surrogateescape"))
+            cache = os.path.join(home, "c2", digest.hexdigest())
+            for name in ask_in_background(lambda: names_for(option, metavars), cache):
+                if re.fullmatch(r"\w[\w.+@%,-]*", name):  # which no shell has to quote
+                    found[name] = ""
+    lines = [f"{k}\t{v}".rstrip() for k, v in found.items() if k.startswith(start)]
+    return "".join(line + "\n" for line in lines)
+
+
 def parser() -> "ArgumentParser":
     """Make the parser of the command line from COMMANDS."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
-            choice = re.search(r"invalid choice: '([^']*)'", message)
+            choice = re.search(r"argument COMMAND: invalid choice: '([^']*)'", message)
             if choice:
                 name = choice.group(1)
                 message = f"there is no command {name}{nearest(name, COMMANDS)}"
@@ -7418,19 +7622,8 @@ def parser() -> "ArgumentParser":
             self.exit(2, f"c2: {printable(message)}; see {self.prog} --help\n")
 
     common = Parser(add_help=False)
-    common.add_argument(
-        "--config",
-        metavar="PATH",
-        default=argparse.SUPPRESS,
-        help="the configuration: a file, s3://... or https://... (default: $CAMUS2_CONFIG, "
-        "else ../etc/camus2.json or .yaml beside c2)",
-    )
-    common.add_argument(
-        "--debug",
-        action="store_true",
-        default=argparse.SUPPRESS,
-        help="show the programs that are run, and tracebacks",
-    )
+    for names, settings in COMMON:
+        common.add_argument(*names, default=argparse.SUPPRESS, **settings)
     top = Parser(
         prog="c2",
         parents=[common],
@@ -7439,6 +7632,7 @@ def parser() -> "ArgumentParser":
         allow_abbrev=False,
     )
     top.add_argument("--version", action="version", version=VERSION)
+    top.add_argument("--bash-completion-script", dest="program", help=argparse.SUPPRESS)  # camus2
     subs = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     for name, command in COMMANDS.items():
         sub = subs.add_parser(
@@ -7488,10 +7682,16 @@ def run_parsed(args: "Namespace") -> None:
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Run c2 with these arguments (default: the process's own) and return its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["--complete"]:
+        emit(complete(argv[1:]))
+        return 0
     try:
         args = parser().parse_args(argv)
     except SystemExit as e:
         return int(e.code or 0)
+    if args.program:
+        args.command, args.shell = "completion", "bash"
     if not args.command:
         parser().print_help(sys.stderr)
         return 2

@@ -40,6 +40,7 @@ import string
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
 import unittest
@@ -5371,6 +5372,293 @@ class CommandLine(Sandbox):
         self.assertRegex(
             said.getvalue(), "^c2: error: internal error, please report it: ZeroDivisionError.*\n$"
         )
+
+
+class Completing(Sandbox):
+    """What a TAB gives, decided from COMMANDS; and in the shells themselves."""
+
+    def setUp(self):
+        super().setUp()
+        self.env.pop("XDG_CACHE_HOME", None)
+
+    def web(self):
+        """A configuration, three releases, two deploys, two endpoints; on however busy a machine."""
+        self.tune("COMPLETION_SECS = 30")
+        end_points = {n: {"serverNames": [n + ".x"], "etype": "httpOnly"} for n in ("main", "next")}
+        self.configure(deployMode={"proxy": {"endPoints": end_points}})
+        for age, name in enumerate(["web-1.zip", "web-2.zip", "api-1.zip"]):
+            self.release(name)
+            os.utime(self.path("releases", name), (1e9 - age, 1e9 - age))
+        deploys = {"web-1": 8000, "api-1": 8001}
+        self.write(
+            "deploys/frontend-proxy/state.json",
+            {
+                "deploys": {
+                    n: {"label": n, "release": n + ".zip", "port": p} for n, p in deploys.items()
+                },
+                "connections": {},
+            },
+        )
+
+    def words(self, line, **options):
+        """The candidates for the end of a line."""
+        ran = self.c2("--complete", *line.split(" ")[1:], **options)
+        self.assertEqual(ran.err, "")
+        return [row.split("\t")[0] for row in ran.out.splitlines()]
+
+    def test_table(self):
+        everything = [*c2.COMMANDS]
+        for line, words, metavars, config in [
+            ("", everything, [], None),
+            ("sta", everything, [], None),
+            ("-", ["--config", "--debug", "--help"], [], None),
+            ("--debug ", everything, [], None),
+            ("--config ", [], ["PATH"], None),
+            ("--config=", [], ["PATH"], None),
+            ("--config = etc", [], ["PATH"], None),
+            ("--config =", [], ["PATH"], None),
+            ("--config a.json ", everything, [], "a.json"),
+            ("--config = a.json ", everything, [], "a.json"),
+            ("stop --config=a.json ", [], ["DEPLOY"], "a.json"),
+            ("start ", [], ["RELEASE"], None),
+            ("start web", [], ["RELEASE"], None),
+            ("start web.zip ", [], ["DEPLOY"], None),
+            ("start web.zip label ", [], [], None),
+            ("start --lock-wait ", [], ["SECS"], None),
+            ("start --lock-wait 3 ", [], ["RELEASE"], None),
+            ("connect ", [], ["ENDPOINT", "DEPLOY"], None),
+            ("connect main ", [], ["DEPLOY"], None),
+            ("connect --force main ", [], ["DEPLOY"], None),
+            ("connect main web-1 ", [], [], None),
+            ("rollback ", [], ["ENDPOINT"], None),
+            ("unpack web.zip ", [], ["DIR"], None),
+            ("pack ", [], ["DIR"], None),
+            ("pack dir ", [], ["ARCHIVE"], None),
+            ("completion ", ["bash", "zsh", "fish"], ["SHELL"], None),
+            ("nonsense ", [], [], None),
+            ("nonsense --x y ", [], [], None),
+            ("status ", [], [], None),
+        ]:
+            with self.subTest(line=line):
+                found = c2.completion(line.split(" "))
+                self.assertEqual(
+                    ([*found.words], found.metavars, found.config), (words, metavars, config)
+                )
+        for name, command in c2.COMMANDS.items():
+            options = {n for names, _ in command.arguments for n in names if n[0] == "-"}
+            found = c2.completion([name, "-"]).words
+            self.assertEqual({*found}, options | {"--config", "--debug", "--help"})
+        self.assertEqual(c2.completion([]), c2.completion([""]))
+
+    def test_every_command_line_that_parses_was_offered(self):
+        """Its examples, word by word: the known ones are candidates, the others have a metavar."""
+        for command in c2.COMMANDS.values():
+            words = re.sub(r"^eval \"\$\(|\)\"$| > .*", "", command.example).split()
+            for end in range(2, len(words) + 1):
+                found = c2.completion(words[1:end])
+                with self.subTest(words=words[:end]):
+                    self.assertTrue(words[end - 1] in found.words or found.metavars)
+
+    def test_names(self):
+        self.web()
+        self.release("$(x).zip")
+        self.release("a b.zip")
+        self.release("-x.zip")
+        self.release("caf\u00e9.zip")
+        os.utime(self.path("releases", "caf\u00e9.zip"), (1e8, 1e8))
+        releases = ["web-1.zip", "web-2.zip", "api-1.zip", "caf\u00e9.zip"]
+        for line, words in [
+            ("c2 start ", releases),
+            ("c2 start web", releases[:2]),
+            ("c2 unpack w", releases[:2]),
+            ("c2 stop ", ["api-1", "web-1"]),
+            ("c2 connect ", ["main", "next", "api-1", "web-1"]),
+            ("c2 connect n", ["next"]),
+            ("c2 connect main w", ["web-1"]),
+            ("c2 disconnect ", ["main", "next"]),
+            ("c2 pack ", ["/"]),
+            ("c2 show-log -", ["-n", "--follow", "--json", "--config", "--debug", "--help"]),
+            ("c2 sto", ["stop"]),
+            ("c2 stop x", []),
+        ]:
+            with self.subTest(line=line):
+                self.assertEqual(sorted(self.words(line)), sorted(words))
+        self.assertEqual(self.words("c2 start "), releases)  # the newest first
+        self.assertFalse(os.path.exists(self.path("log.json")))
+        self.assertEqual(self.c2("--complete", "stop", "a").out, "api-1\n")
+        self.assertRegex(self.c2("--complete", "sto").out, "^stop\tstop and remove a deploy")
+
+    def test_without_a_configuration(self):
+        for line in ("c2 start ", "c2 stop ", "c2 connect ", "c2 --config none.yaml start "):
+            self.assertEqual(self.words(line), [])
+        self.write("etc/camus2.yaml", "{")
+        self.assertEqual(self.words("c2 start "), [])
+        self.configure(releases={"localdir": "none"}, surplus=1)
+        self.assertEqual(self.words("c2 start "), [])
+        self.configure(releases={"localdir": "none"})
+        self.assertEqual(self.words("c2 start "), [])
+        self.assertEqual(self.words("c2 stop "), [])
+        self.assertEqual(self.words("c2 st"), ["start", "stop", "status"])
+
+    def test_a_slow_store_gives_what_was_seen_last(self):
+        items = {"Contents": [{"Key": "p/web-1.zip", "LastModified": "2026", "Size": 1}]}
+        wait = "while [ ! -e %s ]; do sleep 0.05; done; echo '%s'"
+        self.write("tools/aws", "#!/bin/sh\n" + wait % (self.path("go"), json.dumps(items)), 0o755)
+        self.configure(releases={"s3": "s3://bucket/p"})
+        env = {"PATH": self.path("tools") + ":" + os.environ["PATH"]}
+        self.addCleanup(self.write, "go", "")
+        self.assertEqual(self.words("c2 start ", env=env), [])
+        self.write("go", "")
+        cached = wait_for(lambda: glob.glob(self.path(".cache", "c2", "*")))
+        wait_for(lambda: cached[0][-1] != "~" or not os.path.exists(cached[0]))
+        os.unlink(self.path("go"))
+        self.assertEqual(self.words("c2 start ", env=env), ["web-1.zip"])
+        self.assertEqual(self.words("c2 --config etc/camus2.json start w", env=env), ["web-1.zip"])
+        self.assertEqual(os.stat(self.path(".cache", "c2")).st_mode & 0o777, 0o700)
+        for cached in glob.glob(self.path(".cache", "c2", "*")):
+            self.write(cached, "[[")
+        self.assertEqual(self.words("c2 start ", env=env), [])
+
+    def test_scripts(self):
+        ran = self.c2("completion", "tcsh", code=2)
+        self.assertRegex(ran.err, "^c2: argument SHELL: invalid choice: 'tcsh'.*'bash'.*--help\n$")
+        self.assertEqual(ran.out, "")
+        ran = self.c2("--bash-completion-script", "/opt/my c2/deploy")
+        self.assertEqual(ran.out, c2.completion_script("bash", "deploy", "/opt/my c2/deploy"))
+        self.assertIn("'/opt/my c2/deploy' --complete", ran.out)
+        self.assertRegex(ran.out, "complete -F _deploy deploy\n$")
+        self.assertEqual(self.c2("completion", "zsh").out[:11], "#compdef c2")
+
+    def shell(self, *command):
+        """An interactive shell at a terminal; c2 is on its PATH, and what it shows in a file."""
+        self.web()
+        os.symlink(sys.executable, self.path("bin", "python3"))
+        path = self.path("bin") + ":" + os.environ["PATH"]
+        main, terminal = os.openpty()
+        self.addCleanup(os.close, main)
+
+        def take_terminal():
+            os.setsid()
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+        process = subprocess.Popen(
+            command,
+            cwd=self.dir,
+            env=dict(self.env, PATH=path, TERM="dumb", PS1="$ ", INPUTRC="/dev/null"),
+            stdin=terminal,
+            stdout=terminal,
+            stderr=terminal,
+            preexec_fn=take_terminal,
+        )
+        os.close(terminal)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        self.screen = b""
+
+        def read():
+            with contextlib.suppress(OSError):
+                while True:
+                    output = os.read(main, 4096)
+                    self.screen += output
+
+        threading.Thread(target=read, daemon=True).start()
+        return main
+
+    def line_after(self, terminal, keys):
+        """What stands on the command line when these keys have been typed."""
+        os.write(terminal, keys.encode() + b"\x14")
+        line = wait_for(lambda: self.shown(), what="the line after %r; %r" % (keys, self.screen))
+        os.unlink(self.path("line"))
+        os.write(terminal, b"\x15")
+        return line[:-1]
+
+    def shown(self):
+        with contextlib.suppress(FileNotFoundError):
+            line = self.read("line")
+            return line if line.endswith("\n") else None
+
+    def check_shell(self, terminal):
+        for keys, line in [
+            ("c2 sto\t", "c2 stop "),
+            ("c2 stop w\t", "c2 stop web-1 "),
+            ("c2 start api\t", "c2 start api-1.zip "),
+            ("c2 start w\t", "c2 start web-"),
+            ("c2 connect m\tw\t", "c2 connect main web-1 "),
+            ("c2 start --lock\t", "c2 start --lock-wait "),
+            ("c2 pack rel\t", "c2 pack releases/"),
+            ("c2 --config etc/cam\t", "c2 --config etc/camus2.json "),
+            ("bin/c2 roll\t", "bin/c2 rollback "),
+            ("c2 --config none.json stop w\t", "c2 --config none.json stop w"),
+            ("c2 nonsense x\t", "c2 nonsense x"),
+        ]:
+            with self.subTest(keys=keys):
+                self.screen = b""
+                self.assertEqual(self.line_after(terminal, keys), line)
+                self.assertNotIn(b"error", self.screen)
+        self.screen = b""
+        self.line_after(terminal, "c2 start web-\t\t")
+        self.assertRegex(self.screen.decode(), r"web-1\.zip +web-2\.zip|web-1\.zip *\r\nweb-2")
+
+    @needs(shutil.which("bash"), "bash")
+    def test_bash(self):
+        terminal = self.shell("bash", "--norc", "--noprofile", "-i")
+        os.write(
+            terminal,
+            b"source <(c2 completion bash)\n"
+            b'bind -x \'"\\C-t": printf "%s\\n" "$READLINE_LINE" >line\'\n',
+        )
+        self.check_shell(terminal)
+        self.assertEqual(self.line_after(terminal, "c2 --config=etc/cam\t").strip()[-4:], "json")
+
+    @needs(shutil.which("zsh"), "zsh")
+    def test_zsh(self):
+        terminal = self.shell("zsh", "-f", "-i")
+        os.write(
+            terminal,
+            b"autoload -U compinit; compinit -u -D; source <(c2 completion zsh)\n"
+            b"show() { print -r -- $BUFFER >line; zle -R }; zle -N show; bindkey '^T' show\n",
+        )
+        self.check_shell(terminal)
+        self.assertRegex(self.c2("completion", "zsh").out, "^#compdef c2\n_c2")
+        self.write("functions/_c2", self.c2("completion", "zsh").out)
+        os.write(
+            terminal,
+            b"compdef -d c2; unfunction _c2; fpath=($PWD/functions $fpath); compinit -u -D\n",
+        )
+        self.assertEqual(self.line_after(terminal, "c2 disc\t"), "c2 disconnect ")
+
+    @needs(shutil.which("fish"), "fish")
+    def test_fish(self):
+        self.web()
+        os.symlink(sys.executable, self.path("bin", "python3"))
+        path = self.path("bin") + ":" + os.environ["PATH"]
+        self.env["XDG_CONFIG_HOME"] = self.path("config")
+        table = [
+            (
+                "c2 sto",
+                "stop\tstop and remove a deploy; refused while an endpoint is connected to it",
+            ),
+            ("c2 stop ", "api-1\nweb-1"),
+            ("c2 start ", "web-1.zip\nweb-2.zip\napi-1.zip"),
+            ("c2 connect main w", "web-1"),
+            ("bin/c2 stop w", "web-1"),
+            ("c2 --config none.json stop w", ""),
+            ("c2 pack rel", "releases/"),
+            ("c2 nonsense x", ""),
+        ]
+        script = "c2 completion fish | source; for line in $argv; complete -C $line; echo ==; end"
+        done = subprocess.run(
+            ["fish", "-c", script, *(line for line, _ in table)],
+            cwd=self.dir,
+            env=dict(self.env, PATH=path),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        outputs = done.stdout.decode().split("==\n")
+        self.assertEqual((done.stderr, len(outputs)), (b"", len(table) + 1))
+        for (line, found), output in zip(table, outputs):
+            with self.subTest(line=line):
+                self.assertEqual(output.strip(), found)
 
 
 class TheFileItself(unittest.TestCase):

@@ -32,7 +32,7 @@ step() {
 
 debian() {
   local missing=() p
-  for p in docker.io iptables iproute2 mmdebstrap pebble curl openssl unzip; do
+  for p in docker.io iptables iproute2 mmdebstrap pebble curl openssl unzip zsh fish; do
     [ "$(dpkg-query -W -f '${db:Status-Status}' "$p" 2>/dev/null || true)" = installed ] || missing+=("$p")
   done
   [ ${#missing[@]} = 0 ] && return
