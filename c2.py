@@ -3778,6 +3778,14 @@ def read_contents(
             raise C2Error(
                 f"{what}: the template {path} has no extension to take off; call it {path}.tpl"
             )
+    keys = {*load_json(os.path.join(directory, "release.json"), what)}
+    if "startCommand" not in keys:
+        near = [k for k in keys - {*map(camel, Release._fields)} if nearest(k, ["startCommand"])]
+        but = f", but {near[0]}" if near else ""
+        raise C2Error(
+            f"{what}: release.json has no startCommand{but}; one that starts nothing has "
+            '"startCommand": ""'
+        )
     return release, sources, templates
 
 
@@ -4102,29 +4110,17 @@ def await_ready(mode: ProxyMode, port: int) -> bool:
     return any(ready(mode, port, max(0.5, min(3.0, left))) for left in tries)
 
 
-def check_ready(
-    host: Host, state: State, end_point: str, deploy: Deploy, force: bool
-) -> Optional[str]:
-    """Give why a deploy is not ready to be connected, None when it is.
-
-    Refused, unless `force`, where a deploy that is ready would be traded for it.
-    """
-    mode = host.config.proxy
+def readiness_problem(config: Config, deploy: Deploy) -> str:
+    """Wait until a deploy is ready, and return why it is not; "" when it is."""
+    mode = config.proxy
     if await_ready(mode, deploy.port):
-        return None
-    problem = (
-        f"{deploy.label} does not answer GET {mode.ready_path or '/'} on port {deploy.port} within "
-        f"{mode.ready_timeout_secs:g} s (readyTimeoutSecs)"
+        return ""
+    answer = f"2xx or 3xx to GET {mode.ready_path}" if mode.ready_path else "answer to GET /"
+    return (
+        f"{deploy.label} is not ready: no {answer} on port {deploy.port} within "
+        f"{mode.ready_timeout_secs:g} s (readyTimeoutSecs); its output is in "
+        f"{output_path(config, deploy.label)}"
     )
-    connected = state.deploys.get(state.connections.get(end_point, ""))
-    if connected and connected != deploy and not force and ready(mode, connected.port):
-        insist = "" if host.config.remote else ", or insist with --force"
-        output = output_path(host.config, deploy.label)
-        raise Refused(
-            f"{problem}, and {end_point} stays on {connected.label}, which does; look at its "
-            f"output in {output}{insist}"
-        )
-    return problem
 
 
 def connections_to(port: int) -> int:
@@ -6507,8 +6503,11 @@ def apply_action(host: Host, action: Any, state: State) -> None:
         require_port(action)
     problem = None
     if isinstance(action, Connect):
-        deploy = state.deploys[action.label]
-        problem = check_ready(host, state, action.end_point, deploy, False)
+        config, deploy = host.config, state.deploys[action.label]
+        problem = readiness_problem(config, deploy)
+        serving = state.deploys.get(state.connections.get(action.end_point, ""), deploy)
+        if problem and serving != deploy and ready(config.proxy, serving.port):
+            raise Refused(f"{problem}; {action.end_point} stays on {serving.label}")
     if not problem or state.connections.get(action.end_point) != action.label:
         apply_actions(host, [action], state)
     if problem:
@@ -6749,7 +6748,7 @@ DEPLOY = argument("deploy", metavar="DEPLOY", help="its label, or its release")
 ONLY_END_POINT = argument(
     "end_point", metavar="ENDPOINT", nargs="?", help="may be left out when there is only one"
 )
-FORCE = argument("--force", action="store_true", help="connect even a deploy that does not answer")
+FORCE = argument("--force", action="store_true", help="connect even a deploy that is not ready")
 LOCK_WAIT = argument(
     "--lock-wait",
     type=amount(float),
@@ -6906,14 +6905,14 @@ def connect(
                 f"{deploy.label} was started without the proxy and has no port; "
                 f"c2 start {deploy.release} {deploy.label} gives it one"
             )
-        problem = None if config.remote else check_ready(host, state, end_point, deploy, args.force)
+        problem = "" if config.remote else readiness_problem(config, deploy)
+        if problem and not args.force:
+            before = state.connections.get(end_point)
+            stays = f"; {end_point} stays on {before}" if before else ""
+            raise Refused(f"{problem}{stays}; --force connects it all the same")
         if problem:
-            host.log.warn(
-                "not-ready",
-                f"{problem}; connecting it all the same",
-                endpoint=end_point,
-                deploy=deploy.label,
-            )
+            message = f"{problem}; connecting it all the same"
+            host.log.warn("not-ready", message, endpoint=end_point, deploy=deploy.label)
         return [Connect(end_point, deploy.label)]
 
     change_state(host, args, choose, lambda state: target(state).label, endpoint=end_point)

@@ -171,6 +171,7 @@ class Sandbox(unittest.TestCase):
         """Put a release archive into the store: `files` NAME -> text, `keys` those of
         release.json.
         """
+        keys = dict({"startCommand": ""}, **keys)
         members = dict({"release.json": json.dumps(keys)}, **(files or {}))
         with zipfile.ZipFile(self.path("releases", name), "w") as z:
             for member, content in members.items():
@@ -3568,7 +3569,7 @@ class Unpacking(Sandbox):
         rnd = random.Random(SEED)
         for method in (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_STORED):
             path = self.archive(
-                ("release.json", "{}"),
+                ("release.json", '{"startCommand": ""}'),
                 ("d/app", bytes(rnd.getrandbits(8) for _ in range(400))),
                 (link_info("l"), "d/app"),
                 compression=method,
@@ -3794,6 +3795,16 @@ class Releases(Sandbox):
                     z.writestr(name, "{}")
             self.assertIn(words, self.c2("unpack", "n.zip", "out", code=1).err)
 
+    def test_no_start_command(self):
+        for words, keys in (
+            ("the release n.zip: release.json has no startCommand, but startCmd; one that", "startCmd"),
+            ("has no startCommand; one that starts nothing", "stopCommand"),
+        ):
+            self.release("n.zip", {"release.json": json.dumps({keys: "x"})})
+            self.assertIn(words, self.c2("unpack", "n.zip", "out", code=1).err)
+        self.release("n.zip", {"release.json": '{"startCommand": ""}'})
+        self.c2("unpack", "n.zip", "out")
+
     def test_unknown_keys_are_warned_of(self):
         self.release("r.zip", startcommand="x", downloads=[])
         err = self.c2("unpack", "r.zip", "out").err
@@ -3803,7 +3814,7 @@ class Releases(Sandbox):
     def test_a_zip_that_another_program_made(self):
         if not shutil.which("zip"):
             return
-        self.write("made/release.json", {"templates": []})
+        self.write("made/release.json", {"startCommand": "", "templates": []})
         self.write("made/bin/run.sh", "x", 0o755)
         os.symlink("run.sh", self.path("made", "bin", "link"))
         subprocess.check_call(
@@ -3888,7 +3899,7 @@ class Packing(Sandbox):
             with self.subTest(seed=SEED, count=count):
                 tree, out = self.path("tree"), self.path("out")
                 os.mkdir(tree)
-                self.write("tree/release.json", {})
+                self.write("tree/release.json", {"startCommand": ""})
                 for _ in range(rnd.randrange(12)):
                     folders = [n for n, (m, _) in self.listing(tree).items() if stat.S_ISDIR(m)]
                     folder = rnd.choice(folders + [""])
@@ -3958,7 +3969,7 @@ class Packing(Sandbox):
         self.assertRegex(self.c2("pack", "nowhere", code=1).err, "nowhere.*No such file")
 
     def test_what_start_would_warn_of(self):
-        self.write("web-1/release.json", {"startcommand": "x"})
+        self.write("web-1/release.json", {"startCommand": "", "startcommand": "x"})
         for args in ("--check", "web-1"), ("web-1",):
             self.assertIn(
                 "warning: web-1: release.json: startcommand: unknown key; did you mean startCommand?",
@@ -6720,8 +6731,11 @@ http {
         self.app("deaf.zip", "deaf")
         self.c2("start", "good.zip")
         self.c2("start", "deaf.zip")
-        ran = self.c2("connect", "test", "deaf")  # which has nothing to lose
-        self.assertIn("does not answer GET /ok", ran.err)
+        ran = self.c2("connect", "test", "deaf", code=3)  # also where nothing served before
+        self.assertIn("deaf is not ready: no 2xx or 3xx to GET /ok on port ", ran.err)
+        self.assertNotIn("stays on", ran.err)
+        self.assertEqual({}, self.state()["connections"])
+        self.c2("connect", "test", "deaf", "--force")
         self.assertEqual("deaf", self.state()["connections"]["test"])
         self.c2("connect", "main", "good")
         ran = self.c2("connect", "main", "deaf", code=3)
@@ -6733,10 +6747,11 @@ http {
         self.assertEqual("good.zip", self.release_of("main.test"))
         self.proxy_config({"readyTimeoutSecs": 0.5, "readyPath": "/404"})
         self.c2("start", "good.zip", "second")
-        ran = self.c2(
-            "connect", "main", "second"
-        )  # warned of: the one that serves is not ready either
-        self.assertIn("does not answer GET /404", ran.err)
+        # Refused also where the one that serves is not ready either.
+        self.assertIn("GET /404", self.c2("connect", "main", "second", code=3).err)
+        self.assertEqual("good", self.state()["connections"]["main"])
+        ran = self.c2("connect", "main", "second", "--force")
+        self.assertIn("no 2xx or 3xx to GET /404", ran.err)
         self.assertEqual("second", self.state()["connections"]["main"])
 
     def test_umask_077(self):
@@ -7703,9 +7718,9 @@ class Fleet(FleetCase):
         self.c2("start", "deaf.zip")
         self.c2("connect", "other", "deaf")
         ran = slave.update(code=1)  # nothing is lost by it
-        self.assertIn("deaf does not answer", ran.err)
+        self.assertIn("deaf is not ready: no answer to GET /", ran.err)
         self.assertEqual({"other": "deaf"}, slave.deploys()[1])
-        self.assertIn("deaf does not answer", self.error("x"))
+        self.assertIn("deaf is not ready: no answer to GET /", self.error("x"))
         self.c2("start", "a.zip")
         self.c2("connect", "main", "a")
         slave.update()
@@ -8165,7 +8180,7 @@ Journal.step = strike""")
         ran = self.c2("start", "bad.zip", "--wait", "0", code=1)
         self.assertRegex(ran.err, "runs already(?s:.*)x: FAILING: .*exited 7.*BEHIND: lacks bad$")
         ran = self.c2("connect", "other", "deaf", "--wait", "0", code=1)
-        self.assertRegex(ran.err, "x: FAILING: deaf does not answer")
+        self.assertRegex(ran.err, "x: FAILING: deaf is not ready: no answer")
         self.assertNotIn("exited 7", ran.err)
         self.c2("wait", "0", code=1)
         slave.end(process)
@@ -11950,7 +11965,7 @@ class Surroundings(Faulty):
         self.addCleanup(subprocess.call, ["umount", "-l", deploys])
         self.story()
         with zipfile.ZipFile(self.path("releases", "big.zip"), "w", zipfile.ZIP_DEFLATED) as z:
-            z.writestr("release.json", "{}")
+            z.writestr("release.json", '{"startCommand": ""}')
             z.writestr("f", "\0" * 10**6)
         self.assertRegex(
             self.run_c2("start", "big.zip", code=1).err, "only 0 MB free; remove old deploys"
