@@ -66,7 +66,6 @@ from typing import (
     Mapping,
     Match,
     NamedTuple,
-    NoReturn,
     Optional,
     Pattern,
     Sequence,
@@ -79,6 +78,7 @@ if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
     from http.client import HTTPConnection
     from subprocess import Popen
+    from typing import NoReturn  # which 3.6.0 and 3.6.1 have not
     from zipfile import ZipFile, ZipInfo
 
 VERSION = "0.1.0"
@@ -756,7 +756,7 @@ class _Yaml:
         self.line = 0  # where the current line starts
         self.first = 0  # and the first thing on it
 
-    def fail(self, what: str, pos: Optional[int] = None) -> NoReturn:
+    def fail(self, what: str, pos: Optional[int] = None) -> "NoReturn":
         if pos is None:
             pos = self.pos
         line = self.text.count("\n", 0, pos)
@@ -7611,7 +7611,7 @@ def parser() -> "ArgumentParser":
     import argparse
 
     class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> NoReturn:
+        def error(self, message: str) -> "NoReturn":
             choice = re.search(r"argument COMMAND: invalid choice: '([^']*)'", message)
             if choice:
                 name = choice.group(1)
