@@ -11,16 +11,18 @@ What happens at `c2 connect main web-1.4`:
   -> [Connect] -> apply_actions -> perform: the journal names each step before its effect
   -> STEPS["switch"] -> route: rename live/main, ask nginx -> next_state -> state.json
   -> the journal goes; a failure or a signal rolls the steps back instead
-On a machine of a fleet the same actions come from plan(own state, master state).
+On a machine of a fleet the same actions come from decide: plan(own state, master state), less what
+has failed and is not due again.
 
 The sections, in order; none uses one below it, and `grep -A1 '^# ---' c2.py` lists them:
   pure:   Constants | Configuration | YAML | Templates | State, rules and planner | Derived text
   edges:  Files, log, lock, journal | Running programs | Stores | Releases | Release commands
-          | Ports | Certificates | The proxy | Certbot | Compose projects | The executor | The fleet
+          | Ports | Certificates | The proxy | Certbot | Compose projects | The executor
+  fleet:  The master state | Slave records | Masters | Polling | Decisions (pure) | A machine
   top:    Commands | The command line
 Where to look: what is allowed (State, rules), what is written (Derived text), what is done (The
-executor), what is asked of docker (The proxy), who else (The fleet). YAML, Templates and Releases
-need not be read to change anything else.
+executor), what is asked of docker (The proxy), what a machine of a fleet does next (Decisions).
+YAML, Templates and Releases need not be read to change anything else.
 
 Words:
   release     a zip archive in a store, with release.json at its root
@@ -34,6 +36,7 @@ Words:
   staging     where a release is unpacked; .old: what gave way to it, until it is started
   blocked     a label whose recovery failed: only `stop --force` or a retry of it goes on
   slave       a machine of a fleet; its record in S3 says what it runs and what went wrong
+  task        what a machine of a fleet does next: an action, or a chore; a failed one backs off
   context     what templates are expanded with: the config sources, and the ports
 """
 
@@ -76,7 +79,6 @@ from typing import (
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
-    from http.client import HTTPConnection
     from subprocess import Popen
     from typing import NoReturn  # which 3.6.0 and 3.6.1 have not
     from zipfile import ZipFile, ZipInfo
@@ -5664,7 +5666,7 @@ def changing(host: Host, wait: float, **about: Any) -> Any:
 
 
 # --------------------------------------------------------------------------------------------------
-# The fleet: the master's state in S3, the machines that follow it, and what they report
+# The master state: a State in S3, which masters change and the machines of a fleet follow
 # --------------------------------------------------------------------------------------------------
 
 
@@ -5684,17 +5686,15 @@ def master_url(config: Config) -> str:
 
 
 def decode_master(source: str, url: str) -> State:
-    """Decode the master state; C2Error unless it is one, and a machine can do what it says.
+    """Decode a master state that a machine can follow.
 
     Stricter than a host's own: what a half-written document leaves out, every machine would take
     down.
     """
     value = parse_json(source, url)
-    absent = [
-        key for key in ("deploys", "connections") if not isinstance(value, dict) or key not in value
-    ]
-    if absent:
-        raise C2Error(f"{url} has no {absent[0]}, so it is no state")
+    for key in ("deploys", "connections"):
+        if not isinstance(value, dict) or key not in value:
+            raise C2Error(f"{url} has no {key}, so it is no state")
     state = decode_state(value, url)
     owners: Dict[Tuple[str, Any], str] = {}
     for name, deploy in state.deploys.items():
@@ -5702,21 +5702,20 @@ def decode_master(source: str, url: str) -> State:
             check_label(name, State())
         except C2Error as e:
             raise C2Error(f"{url}: {e}") from None
-        for what, its in (("port", deploy.port), ("docker compose project", compose_project(name))):
-            if not its or owners.setdefault((what, its), name) != name:
-                raise C2Error(f"{url}: {name} has no {what} of its own, but {its}")
+        for what, own in (("port", deploy.port), ("docker compose project", compose_project(name))):
+            if not own or owners.setdefault((what, own), name) != name:
+                raise C2Error(f"{url}: {name} has no {what} of its own, but {own}")
     return state
 
 
 def read_master(config: Config) -> Tuple[State, str]:
-    """Read the master state and its ETag; an empty one and "" while there is none."""
+    """Return the master state and its ETag; an empty one and "" while there is none."""
     url = master_url(config)
     with scratch() as directory:
         path = os.path.join(directory, "state.json")
+        to_path = [*s3_object(url), path]
         try:
-            etag = aws(
-                "s3api", "get-object", *s3_object(url), path, "--query", "ETag", "--output", "text"
-            )
+            etag = aws("s3api", "get-object", *to_path, "--query", "ETag", "--output", "text")
         except Missing as e:
             if "NoSuchBucket" in str(e):
                 raise
@@ -5725,25 +5724,15 @@ def read_master(config: Config) -> Tuple[State, str]:
 
 
 def put_object(url: str, value: Any, *conditions: str) -> None:
-    import tempfile
-
-    with tempfile.NamedTemporaryFile("w", prefix="c2-", suffix=".json") as f:
-        f.write(json.dumps(value, indent=2) + "\n")
-        f.flush()
-        aws(
-            "s3api",
-            "put-object",
-            *s3_object(url),
-            "--body",
-            f.name,
-            "--content-type",
-            "application/json",
-            *conditions,
-        )
+    with scratch() as directory:
+        path = os.path.join(directory, "object.json")
+        replace_file(path, json.dumps(value, indent=2) + "\n")
+        body = ["--body", path, "--content-type", "application/json"]
+        aws("s3api", "put-object", *s3_object(url), *body, *conditions)
 
 
 def write_master(host: Host, state: State, etag: str) -> bool:
-    """Write the master state, unless another master was quicker; tells whether it is written."""
+    """Write the master state, unless another master was quicker; tell whether it is written."""
     url = master_url(host.config)
     value = encode(state)
     try:
@@ -5751,9 +5740,8 @@ def write_master(host: Host, state: State, etag: str) -> bool:
     except Missing:
         return False
     except CommandFailed as e:
-        if re.search(
-            r"\((PreconditionFailed|ConditionalRequestConflict|OperationAborted)\)", e.output
-        ):
+        conflict = r"\((PreconditionFailed|ConditionalRequestConflict|OperationAborted)\)"
+        if re.search(conflict, e.output):
             return False
         if not re.search("unknown option|NotImplemented", e.output, re.I):
             raise
@@ -5766,15 +5754,20 @@ def write_master(host: Host, state: State, etag: str) -> bool:
     return True
 
 
+# --------------------------------------------------------------------------------------------------
+# Slave records: what the machines report, and what `status` shows of a fleet
+# --------------------------------------------------------------------------------------------------
+
+
 class Record(NamedTuple):
-    """What a slave has reported."""
+    """What a slave has reported: as it is stored, and decoded."""
 
     label: str
-    moment: float  # Unix time, 0 of what no slave has written
-    raw: Any  # as it is stored
+    moment: float  # Unix time; 0 of what no slave has written
+    raw: Any
     state: Optional[State]
-    error: str
-    problems: List[JsonObject]  # that the error is made of
+    error: str  # of the problems
+    problems: List[JsonObject]
 
     @property
     def age(self) -> float:
@@ -5782,60 +5775,52 @@ class Record(NamedTuple):
 
 
 def foreign_record(key: str) -> Record:
-    """Make what stands for an object below slaves/ that no slave has written."""
+    """Stand for an object below slaves/ that no slave has written."""
     return Record(key, 0.0, None, None, "passed over, since its name is no slave's", [])
 
 
 def decode_record(label: str, moment: float, source: str) -> Record:
-    raw = None
+    """Decode what a slave has written; what can't be read is an error of the record."""
+    raw = state = None
+    problems: List[JsonObject] = []
     try:
         raw = parse_json(source, "the record")
         status = raw["status"]
         ok = status == "ok" or isinstance(status, dict) and "ok" in status
         error = "" if ok else str(status["error"])
-        state, problems = decode_state(raw["state"], "the record"), raw.get("problems", [])
-        problems = [p for p in problems if error and isinstance(p, dict)]
+        state = decode_state(raw["state"], "the record")
+        problems = [p for p in raw.get("problems", []) if error and isinstance(p, dict)]
     except (C2Error, KeyError, TypeError) as e:
-        state, error, problems = None, f"the record can't be read: {e}", []
-    whole = [{"message": error}] if error else []  # a slave of camus2 does not tell them apart
-    return Record(label, moment, raw, state, error, problems or whole)
+        state = None
+        error = f"the record can't be read: {e}"
+    if error and not problems:  # a slave of camus2 does not tell them apart
+        problems = [{"message": error}]
+    return Record(label, moment, raw, state, error, problems)
 
 
 def read_record(label: str, path: str) -> Record:
-    found = os.stat(path)
+    status = os.stat(path)
     if not re.fullmatch(LABEL, label):
         return foreign_record(one_line(f"{label}/state.json"))
-    moment = found.st_mtime  # sync sets it to the object's
-    if found.st_size > RECORD_BYTES:
-        error = f"the record has {found.st_size >> 20} MB and is not read"
+    moment = status.st_mtime  # sync sets it to the object's
+    if status.st_size > RECORD_BYTES:
+        error = f"the record has {status.st_size >> 20} MB and is not read"
         return Record(label, moment, None, None, error, [{"message": error}])
     with open(path, encoding="utf-8", errors="replace") as f:
         return decode_record(label, moment, f.read())
 
 
 def read_records(config: Config, directory: str) -> List[Record]:
-    """Read the records of all slaves, by one call of the aws CLI.
+    """Read the records of all slaves by one call of the aws CLI.
 
-    `directory` keeps them, so that the next call only fetches what has changed.
+    directory: keeps them, so that the next call only fetches what has changed.
     """
+    # No file can have the name of a directory: what lies below a state.json is excluded again.
+    patterns = ["--exclude", "*", "--include", "*/state.json", "--exclude", "*/state.json/*"]
+    options = ["--delete", "--exact-timestamps", *patterns, "--only-show-errors"]
     skipped: List[str] = []
     try:
-        aws(
-            "s3",
-            "sync",
-            remote_url(config, "slaves") + "/",
-            directory,
-            "--delete",
-            "--exact-timestamps",
-            "--exclude",
-            "*",
-            "--include",
-            "*/state.json",
-            "--exclude",
-            "*/state.json/*",  # a file can't have the name of a directory
-            "--only-show-errors",
-            timeout=600,
-        )
+        aws("s3", "sync", remote_url(config, "slaves") + "/", directory, *options, timeout=600)
     except Missing as e:
         if "NoSuchBucket" in str(e):
             raise  # else a record has vanished since it was listed
@@ -5843,20 +5828,124 @@ def read_records(config: Config, directory: str) -> List[Record]:
         skipped = re.findall(r"(?m)^warning: Skipping file (.+)\. File references a", e.output)
         if e.exit != 2 or not skipped:
             raise
-    found = [foreign_record(key) for key in skipped]
+    records = [foreign_record(key) for key in skipped]
     for label in list_dir(directory):
         with contextlib.suppress(OSError):
-            found.append(read_record(label, os.path.join(directory, label, "state.json")))
-    return sorted(found, key=lambda r: r.label)
+            records.append(read_record(label, os.path.join(directory, label, "state.json")))
+    return sorted(records, key=lambda record: record.label)
+
+
+def concerns(problem: JsonObject, asked: Asked) -> bool:
+    """Tell whether a problem of a slave is one of the asked-for, or of the whole machine."""
+    name = problem.get("deploy")
+    end_point = problem.get("endpoint")
+    return not (name or end_point) or name in [*asked.deploys] or end_point in [*asked.connections]
+
+
+def slave_problem(
+    config: Config, master: Optional[State], record: Record, asked: Optional[Asked] = None
+) -> str:
+    """Say what is wrong with a slave, "" for nothing.
+
+    master: None when it can't be read; asked: what alone matters of it.
+    """
+    behind = ""
+    error = record.error
+    if master and record.state:
+        labels = {*master.deploys, *record.state.deploys}
+        behind = difference(asked or asked_by(master, labels, config.end_points), record.state)
+    if asked and not behind:
+        error = "; ".join(str(p.get("message")) for p in record.problems if concerns(p, asked))
+    problems = []
+    if record.age > LIVE_SECS and record.moment:
+        in_minutes = record.age >= 3 * LIVE_SECS
+        age = f"{record.age / 60:.0f} min" if in_minutes else f"{record.age:.0f} s"
+        problems.append(f"STALE: not heard of for {age}")
+    if error:
+        problems.append(f"FAILING: {error}")
+    if behind:
+        problems.append(f"BEHIND: {behind}")
+    return " ".join("; ".join(problems).split())
+
+
+def fleet_text(config: Config, master: Optional[State], records: List[Record]) -> str:
+    lines = [f"Slaves ({len(records)}):"]
+    bad = 0
+    for record in records:
+        raw = record.raw if isinstance(record.raw, dict) else {}
+        names = ", ".join(str(raw[key]) for key in ("ipAddress", "hostName") if raw.get(key))
+        problem = slave_problem(config, master, record)
+        bad += bool(problem)
+        where = f" ({names})" if names else ""
+        lines.append(f"  {record.label}{where}: {problem or f'ok, {record.age:.0f} s ago'}")
+    if bad:
+        lines.append(f"{bad} of {len(records)} slaves need a look")
+    return "\n".join(lines) + "\n"
+
+
+def fleet_status(
+    config: Config, args: "Namespace", directory: str
+) -> Tuple[str, Optional[C2Error]]:
+    """Return what `status` prints of a fleet, and why the master state can't be read."""
+    state = problem = None
+    try:
+        state, _ = read_master(config)
+    except C2Error as e:
+        problem = e
+    records = read_records(config, directory) if args.show_slaves else []
+    if args.json:
+        plain: JsonObject = {"master": encode(state) if state else None}
+        if args.show_slaves:
+            plain["slaves"] = [
+                {
+                    "label": record.label,
+                    "lastModified": utc_now(record.moment),
+                    "state": record.raw,
+                    "problem": slave_problem(config, state, record),
+                }
+                for record in records
+            ]
+        return json.dumps(plain, indent=2) + "\n", problem
+    text = status_text(config, state, {}) if state else f"No master state: {problem}"
+    text += "\n\n" + fleet_text(config, state, records) if args.show_slaves else "\n"
+    return printable(text), problem
+
+
+def show_fleet(host: Host, args: "Namespace") -> None:
+    """Show the master state, and on request the slaves: two calls of the aws CLI, however many."""
+    with scratch() as directory:
+        while True:
+            problem = None
+            try:
+                text, problem = fleet_status(host.config, args, directory)
+            except C2Error as e:
+                text = f"{e}\n"
+                if not args.watch:
+                    raise
+            emit("\x1b[H\x1b[J" + text if args.watch and sys.stdout.isatty() else text)
+            if not args.watch:
+                break
+            time.sleep(args.watch)
+    report_unfinished(host.config)
+    due = due_for_proxy(host.config)
+    if due:
+        say(f"this machine's proxy: due with c2 restart-frontend-proxy: {'; '.join(due)}")
+    if problem:
+        raise problem
+
+
+# --------------------------------------------------------------------------------------------------
+# Masters: changes of the master state, and waiting until the machines have followed
+# --------------------------------------------------------------------------------------------------
 
 
 def check_forgotten(config: Config) -> None:
-    """Raise when there is no master state though machines run deploys: they would go down."""
+    """Raise when machines run deploys without a master state: a new one would take these down."""
     with scratch() as directory:
         running = [
-            r.label
-            for r in read_records(config, directory)
-            if r.age < LIVE_SECS and r.state and r.state.deploys
+            record.label
+            for record in read_records(config, directory)
+            if record.age < LIVE_SECS and record.state and record.state.deploys
         ]
     if running:
         raise Refused(
@@ -5869,9 +5958,9 @@ def check_forgotten(config: Config) -> None:
 def change_master(
     host: Host, choose: Callable[[State], Sequence[Action]]
 ) -> Tuple[State, Sequence[Action]]:
-    """Change the master state as `choose` says; return it, and the actions that led to it.
+    """Change the master state by the actions that are chosen for it; return it, and them.
 
-    When another master was quicker, `choose` is asked anew.
+    They are chosen anew for the fresh one when another master was quicker.
     """
     import random
 
@@ -5883,11 +5972,11 @@ def change_master(
         if not etag:
             check_forgotten(host.config)
         actions = choose(state)
+        if not actions:
+            return state, []
         new = state
         for action in actions:
             new = next_state(action, new, utc_now())
-        if not actions:
-            return state, []
         what = ", ".join(describe(action) for action in actions)
         new = new._replace(changed=Change(who(), utc_now(), what))
         if write_master(host, new, etag):
@@ -5904,239 +5993,138 @@ def change_master(
     return new, actions
 
 
-def concerns(problem: JsonObject, asked: Asked) -> bool:
-    """Tell whether a problem of a slave is one of the asked-for, or of the whole machine."""
-    name, end_point = problem.get("deploy"), problem.get("endpoint")
-    return not (name or end_point) or name in [*asked.deploys] or end_point in [*asked.connections]
-
-
-def slave_problem(
-    config: Config, wanted: Optional[State], record: Record, asked: Optional[Asked] = None
-) -> str:
-    """Say what is wrong with a slave; "" for nothing.
-
-    wanted: the master state, None when it can't be read; asked: what alone matters of it.
-    """
-    age = f"{record.age:.0f} s" if record.age < 3 * LIVE_SECS else f"{record.age / 60:.0f} min"
-    behind, error = "", record.error
-    if wanted and record.state:
-        labels = {*wanted.deploys, *record.state.deploys}
-        behind = difference(asked or asked_by(wanted, labels, config.end_points), record.state)
-    if asked and not behind:
-        error = "; ".join(str(p.get("message")) for p in record.problems if concerns(p, asked))
-    said = [f"STALE: not heard of for {age}"] if record.age > LIVE_SECS and record.moment else []
-    said += [f"FAILING: {error}"] if error else []
-    said += [f"BEHIND: {behind}"] if behind else []
-    return " ".join("; ".join(said).split())
-
-
-def fleet_text(config: Config, wanted: Optional[State], records: List[Record]) -> str:
-    lines = [f"Slaves ({len(records)}):"]
-    for r in records:
-        about = r.raw if isinstance(r.raw, dict) else {}
-        where = ", ".join(str(about[key]) for key in ("ipAddress", "hostName") if about.get(key))
-        said = slave_problem(config, wanted, r) or f"ok, {r.age:.0f} s ago"
-        lines.append(f"  {r.label}{f' ({where})' if where else ''}: {said}")
-    bad = len([r for r in records if slave_problem(config, wanted, r)])
-    return (
-        "\n".join(lines) + (f"\n{bad} of {len(records)} slaves need a look" if bad else "") + "\n"
-    )
-
-
-def fleet_status(
-    config: Config, args: "Namespace", directory: str
-) -> Tuple[str, Optional[C2Error]]:
-    """Return what `status` prints of a fleet, and why the master state can't be read, or None."""
-    state: Optional[State] = None
-    problem = None
-    try:
-        state = read_master(config)[0]
-    except C2Error as e:
-        problem = e
-    records = read_records(config, directory) if args.show_slaves else []
-    if args.json:
-        plain: JsonObject = {"master": encode(state) if state else None}
-        if args.show_slaves:
-            plain["slaves"] = [
-                {
-                    "label": r.label,
-                    "lastModified": utc_now(r.moment),
-                    "state": r.raw,
-                    "problem": slave_problem(config, state, r),
-                }
-                for r in records
-            ]
-        return json.dumps(plain, indent=2) + "\n", problem
-    shown = status_text(config, state, {}) if state else f"No master state: {problem}"
-    shown += "\n\n" + fleet_text(config, state, records) if args.show_slaves else "\n"
-    return printable(shown), problem
-
-
-def show_fleet(host: Host, args: "Namespace") -> None:
-    """Show the master state, and on request its slaves: two calls of the aws CLI, however many."""
-    with scratch() as directory:
-        while True:
-            problem = None
-            try:
-                shown, problem = fleet_status(host.config, args, directory)
-            except C2Error as e:
-                shown = f"{e}\n"
-                if not args.watch:
-                    raise
-            emit("\x1b[H\x1b[J" + shown if args.watch and sys.stdout.isatty() else shown)
-            if not args.watch:
-                break
-            time.sleep(args.watch)
-    report_unfinished(host.config)
-    due = due_for_proxy(host.config)
-    if due:
-        say(f"this machine's proxy: due with c2 restart-frontend-proxy: {'; '.join(due)}")
+def require_asked(asked: Asked, master: State) -> None:
+    """Raise when the master state is no longer what was asked for here."""
+    problem = difference(asked, master)
     if problem:
-        raise problem
-
-
-def last_change(state: State) -> str:
-    changed = state.changed
-    if not changed:
-        return "it does not tell who changed it"
-    return f"its last change: {changed.what}, by {changed.by}, at {changed.at}"
+        changed = master.changed
+        last_change = "it does not tell who changed it"
+        if changed:
+            last_change = f"its last change: {changed.what}, by {changed.by}, at {changed.at}"
+        raise C2Error(
+            "the master state has been changed meanwhile, to what was not asked for here "
+            f"({problem}); {last_change}"
+        )
 
 
 def await_fleet(host: Host, wait: float, asked: Optional[Asked] = None) -> None:
-    """Wait until all live slaves report the master's state, or of it what was asked for.
+    """Wait until all live slaves report the master state, or of it what was asked for.
 
     C2Error with those that don't, or when that does not stand there any more.
     """
-    config, deadline, told = host.config, time.monotonic() + wait, ""
+    config = host.config
+    shown = ""
     with scratch() as directory:
-        while True:
-            live: List[Record] = []
+        for seconds_left in attempts(wait, WAIT_POLL_SECS):
             late: List[str] = []
+            progress = (
+                f"no slave has reported to {remote_url(config, 'slaves')}/ within {LIVE_SECS} s"
+            )
             try:
-                wanted = read_master(config)[0]
-                gone = difference(asked, wanted) if asked else ""
-                if gone:
-                    raise C2Error(
-                        f"the master state has been changed meanwhile, to what was not "
-                        f"asked for here ({gone}); {last_change(wanted)}"
-                    )
+                master, _ = read_master(config)
+                if asked:
+                    require_asked(asked, master)
                 live = [r for r in read_records(config, directory) if r.age <= LIVE_SECS]
-                late = [
-                    f"{r.label}: {c}"
-                    for r in live
-                    for c in [slave_problem(config, wanted, r, asked)]
-                    if c
-                ]
-                shown = (
-                    f"{len(late)} of {len(live)} slaves are not there yet"
-                    if live
-                    else (
-                        f"no slave has reported to {remote_url(config, 'slaves')}/ within "
-                        f"{LIVE_SECS} s"
-                    )
-                )
+                problems = {r.label: slave_problem(config, master, r, asked) for r in live}
+                late = [f"{label}: {problem}" for label, problem in problems.items() if problem]
+                if live and not late:
+                    what = "it" if asked else "the master's state"
+                    return host.log.info("fleet", f"all {len(live)} slaves report {what}")
+                if live:
+                    progress = f"{len(late)} of {len(live)} slaves are not there yet"
             except CommandFailed as e:  # S3 may be there again in time
-                shown = f"the fleet's state can't be read: {e}"
-            if live and not late:
-                what = "it" if asked else "the master's state"
-                return host.log.info("fleet", f"all {len(live)} slaves report {what}")
-            if time.monotonic() >= deadline:
-                raise C2Error("; ".join([f"after {wait:g} s {shown}", *late]))
-            if shown != told:
-                say(f"{shown}; waiting at most {max(0, deadline - time.monotonic()):.0f} s more")
-            told = shown
-            time.sleep(min(WAIT_POLL_SECS, max(0, deadline - time.monotonic())))
+                progress = f"the fleet's state can't be read: {e}"
+            if progress != shown and seconds_left > 0:
+                say(f"{progress}; waiting at most {seconds_left:.0f} s more")
+            shown = progress
+    raise C2Error("; ".join([f"after {wait:g} s {shown}", *late]))
+
+
+# --------------------------------------------------------------------------------------------------
+# Polling: the master's document read cheaply, and what a machine is called in its fleet
+# --------------------------------------------------------------------------------------------------
 
 
 class Poll:
-    """Reads the master's document cheaply: conditional GETs of a presigned URL, one connection.
+    """The master's document, read cheaply: by conditional GETs of a presigned address.
 
     Where S3 refuses those, `aws s3 cp` is used for a while: with old-style signatures or KMS it
     says 400, and 403 for a missing object to those who may not list the bucket, which only the aws
     CLI tells apart.
     """
 
-    def __init__(self, log: Log, url: str) -> None:
+    def __init__(self, log: Log, url: str, clock: Callable[[], float] = time.monotonic) -> None:
+        from urllib.request import HTTPHandler, HTTPSHandler, OpenerDirector, ProxyHandler
+
         self.log = log
         self.url = url
-        self.connection: "Optional[HTTPConnection]" = None
-        self.signed = ""
-        self.renew = 0.0
-        self.fall_back = 0.0
-        self.told = False
+        self.clock = clock
+        self.opener = OpenerDirector()  # follows no redirect; its TLS context costs 25 ms
+        for handler in (ProxyHandler(), HTTPHandler(), HTTPSHandler()):
+            self.opener.add_handler(handler)
+        self.presigned = ""
+        self.presign_due = clock()
+        self.retry_due = clock()  # until then the aws CLI is used
+        self.warned = False
+        self.document = ""
         self.etag: Optional[str] = None
-        self.body = ""
 
     def read(self) -> str:
-        """Read the document as it is now; Missing without one, C2Error when it can't be read."""
-        problem, refused = "", False
-        for _ in range(2 if time.monotonic() >= self.fall_back else 0):
-            if time.monotonic() >= self.renew:
-                self.signed = aws(
-                    "s3", "presign", self.url, "--expires-in", str(2 * PRESIGN_SECS)
-                ).strip()
-                self.renew = time.monotonic() + PRESIGN_SECS
+        """Return the document as it is now; Missing without one, C2Error when it can't be read."""
+        problem = ""
+        pause = HEARTBEAT_SECS
+        for _ in range(2 if self.clock() >= self.retry_due else 0):
+            if self.clock() >= self.presign_due:
+                expiry = ["--expires-in", str(2 * PRESIGN_SECS)]
+                self.presigned = aws("s3", "presign", self.url, *expiry).strip()
+                self.presign_due = self.clock() + PRESIGN_SECS
             try:
                 status = self.get()
             except OSError as e:
                 problem = str(e)
-                break
+                continue
             if status in (200, 304):
-                return self.body
+                return self.document
             if status == 404:
                 raise Missing(f"{self.url} is not there")
-            problem, refused = f"it says {status}", status < 500
-            if refused:
-                self.renew = 0.0  # the signature may have had its day
+            problem = f"it says {status}"
+            if status < 500:
+                self.presign_due = self.clock()  # the signature may have had its day
+                pause = PRESIGN_SECS
         content = aws("s3", "cp", self.url, "-")
         if problem:
-            self.fall_back = time.monotonic() + (PRESIGN_SECS if refused else HEARTBEAT_SECS)
-            if not self.told:
+            self.retry_due = self.clock() + pause
+            if not self.warned:
                 self.log.warn(
                     "poll",
                     f"{self.url} can't be read by a presigned address ({problem}); polls "
                     "start the aws CLI for a while",
                 )
-            self.told = True
+            self.warned = True
         return content
 
     def get(self) -> int:
-        """Make a conditional GET, again when the kept connection was closed; give the status."""
-        from http.client import HTTPConnection, HTTPException, HTTPSConnection
-        from urllib.parse import urlsplit
+        """Make one conditional GET and return the status."""
+        from http.client import HTTPException
+        from urllib.request import Request
 
-        parts = urlsplit(self.signed)
-        connection = self.connection
+        headers = {"User-Agent": f"c2/{VERSION}"}
+        if self.etag:
+            headers["If-None-Match"] = self.etag
+        request = Request(self.presigned, headers=headers)
         try:
-            if not connection:
-                kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
-                connection = kind(parts.netloc, timeout=HTTP_TIMEOUT_SECS)
-            connection.request(
-                "GET",
-                f"{parts.path}?{parts.query}",
-                headers=dict(
-                    {"User-Agent": f"c2/{VERSION}"},
-                    **({"If-None-Match": self.etag} if self.etag else {}),
-                ),
-            )
-            answer = connection.getresponse()
-            body = answer.read()
-        except (OSError, HTTPException) as e:
-            if connection:
-                connection.close()
-            if self.connection:
-                self.connection = None
-                return self.get()
+            with self.opener.open(request, timeout=HTTP_TIMEOUT_SECS) as answer:
+                content = answer.read().decode("utf-8", "replace")
+                if answer.status == 200:
+                    self.document = content
+                    self.etag = answer.headers.get("ETag")
+                return int(answer.status)
+        except HTTPException as e:
             raise OSError(str(e) or type(e).__name__) from None
-        self.connection = connection
-        if answer.status == 200:
-            self.body = body.decode("utf-8", "replace")
-            self.etag = answer.getheader("ETag")
-        return answer.status
 
 
 def slave_label(mode: ProxyMode) -> str:
-    """Return the name that this machine reports under: configured, or its EC2 instance id."""
+    """Return the configured label of this machine, or its EC2 instance id, by IMDSv2."""
     if mode.slave_label.name == "label":
         return mode.slave_label.value
     import urllib.request
@@ -6144,19 +6132,16 @@ def slave_label(mode: ProxyMode) -> str:
     base = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT") or "http://169.254.169.254"
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
-    def ask(method: str, path: str, **headers: str) -> str:
-        named = {f"X-aws-ec2-metadata-{k.replace('_', '-')}": v for k, v in headers.items()}
-        request = urllib.request.Request(base.rstrip("/") + path, method=method, headers=named)
+    def ask(method: str, path: str, header: str, value: str) -> str:
+        headers = {f"X-aws-ec2-metadata-{header}": value}
+        request = urllib.request.Request(base.rstrip("/") + path, headers=headers, method=method)
         with opener.open(request, timeout=3) as answer:
-            return answer.read().decode("utf-8", "replace")
+            return str(answer.read().decode("utf-8", "replace"))
 
     try:
-        token = ask("PUT", "/latest/api/token", token_ttl_seconds="60")
-        return decode(
-            Label,
-            ask("GET", "/latest/meta-data/instance-id", token=token),
-            Location("instance-id"),
-        )
+        token = ask("PUT", "/latest/api/token", "token-ttl-seconds", "60")
+        name = ask("GET", "/latest/meta-data/instance-id", "token", token)
+        return str(decode(Label, name, Location("instance-id")))
     except (OSError, ValueError) as e:
         raise C2Error(
             f"this seems to be no EC2 instance, since {base} does not tell its id ({e}); set "
@@ -6165,7 +6150,7 @@ def slave_label(mode: ProxyMode) -> str:
 
 
 def interface_address(name: str) -> str:
-    """Return the IPv4 address of a network interface (netdevice(7)); OSError when it has none."""
+    """Return the IPv4 address of a network interface (netdevice(7)); OSError without one."""
     import fcntl
     import socket
 
@@ -6174,7 +6159,7 @@ def interface_address(name: str) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# What a machine of the fleet does next: its tasks, what has failed, and the decision, all pure
+# Decisions: what a machine of a fleet does next, and when again what has failed
 # --------------------------------------------------------------------------------------------------
 
 
@@ -6199,10 +6184,11 @@ class TryRelease(NamedTuple):
     deploy: Deploy
 
 
-Key = Tuple[type, Any]  # a task's type belongs to it: tuples of two types may be equal
+Task = Union[Action, Chore, Unblock, TryRelease]
+Key = Tuple[type, Task]  # a task's type belongs to it: tuples of two types may be equal
 
 
-def failure_key(task: Any) -> Key:
+def failure_key(task: Task) -> Key:
     """Return what the failure of a task is kept under.
 
     A deploy that does not start is one, beside or in place of another, and a stop, forced or not.
@@ -6214,14 +6200,14 @@ def failure_key(task: Any) -> Key:
     return type(task), task
 
 
-def task_subject(task: Any) -> Dict[str, str]:
+def task_subject(task: Task) -> Dict[str, str]:
     """Return the deploy and the endpoint that a task is about; {}: the whole machine."""
     if isinstance(task, Chore):
         return {}
     if isinstance(task, Unblock):
         return {"deploy": task.label}
     if isinstance(task, TryRelease):
-        return {"deploy": task.deploy.label}
+        task = Create(task.deploy)
     return {n: v for n, v in log_fields(task).items() if n in ("deploy", "endpoint")}
 
 
@@ -6231,11 +6217,12 @@ class Failure(NamedTuple):
     reason: str
 
 
-def retry_pause(task: Any, times: int) -> float:
+def retry_pause(task: Task, times: int) -> float:
     import random
 
-    # without the proxy nothing is served
-    longest = HEARTBEAT_SECS if task is Chore.KEEP_PROXY else RETRY_MAX_SECS
+    longest = RETRY_MAX_SECS
+    if task is Chore.KEEP_PROXY:  # without it nothing is served
+        longest = HEARTBEAT_SECS
     return min(RETRY_SECS * 2 ** (times - 1), longest) * random.uniform(0.8, 1.2)
 
 
@@ -6252,8 +6239,8 @@ class Retries:
         self.began = self.clock()
         self.done: Set[Key] = set()
 
-    def attempt(self, task: Any, function: Callable[..., Any], *args: Any) -> bool:
-        """Call the function that does a task; tells whether it succeeded."""
+    def attempt(self, task: Task, function: Callable[..., None], *args: Any) -> bool:
+        """Call the function that does a task; tell whether it succeeded."""
         key = failure_key(task)
         try:
             function(*args)
@@ -6286,9 +6273,9 @@ class Observed(NamedTuple):
 
 
 def next_actions(
-    observed: Observed, master: State, backing_off: Callable[[Any], bool]
-) -> Sequence[Any]:
-    """Return the tasks from this machine's state to the master's that are feasible now.
+    observed: Observed, master: State, backing_off: Callable[[Action], bool]
+) -> Sequence[Task]:
+    """Return what is feasible now of the plan from this machine's state to the master's.
 
     An endpoint that was disconnected for a replacement which can't be had is connected again first;
     what it was connected to stays until that is done. None is disconnected before all releases
@@ -6305,9 +6292,11 @@ def next_actions(
     if reconnections:
         return reconnections
 
-    def is_held(action: Any) -> bool:
-        old = action.deploy if isinstance(action, Destroy) else getattr(action, "old", None)
-        return backing_off(action) or old is not None and old.label in cut_off.values()
+    def is_held(action: Action) -> bool:
+        if isinstance(action, (Destroy, Replace)):
+            old = action.old if isinstance(action, Replace) else action.deploy
+            return old.label in cut_off.values() or backing_off(action)
+        return backing_off(action)
 
     if cut_off:
         actions = feasible(end_points, state, master, is_held)
@@ -6320,7 +6309,7 @@ def next_actions(
     return trials or actions
 
 
-def with_force(action: Any, failures: Dict[Key, Failure]) -> Any:
+def with_force(action: Task, failures: Dict[Key, Failure]) -> Task:
     """Force a stop that has failed STOP_TRIES times."""
     failure = failures.get(failure_key(action))
     if isinstance(action, Destroy) and failure and failure.times >= STOP_TRIES:
@@ -6328,51 +6317,50 @@ def with_force(action: Any, failures: Dict[Key, Failure]) -> Any:
     return action
 
 
-def decide(observed: Observed, failures: Dict[Key, Failure], now: float) -> List[Any]:
-    """Decide what a machine does next: tasks, up to the first that fails; none until one is due.
+def chores(observed: Observed) -> List[Task]:
+    """Return what is to be done whatever the master state says, in order."""
+    restarts = [Restart(deploy) for deploy in observed.down]
+    tasks: List[Task] = [Chore.CONFIGURE]
+    tasks += [Unblock(name) for name in observed.blocked]
+    tasks += [restart for restart in restarts if restart.deploy.label not in observed.blocked]
+    if observed.rebooted and all(failure_key(restart) in observed.done for restart in restarts):
+        tasks.append(Chore.FINISH_BOOT)
+    if observed.proxy:
+        tasks.append(Chore.KEEP_PROXY)
+    return tasks
+
+
+def decide(observed: Observed, failures: Dict[Key, Failure], now: float) -> List[Task]:
+    """Return what a machine does next, up to the first that fails; [] until something is due.
 
     now: when the round began, so that what fails in it is not tried twice.
     """
 
-    def waits(task: Any) -> bool:
+    def waits(task: Task) -> bool:
         key = failure_key(task)
         return key in failures and failures[key].due > now
 
-    def backing_off(action: Any) -> bool:
-        if isinstance(action, (Connect, Disconnect)):
-            return waits(action)
-        labels = {action.deploy.label, getattr(action, "old", action.deploy).label}
-        creates = isinstance(action, (Create, Replace))
-        return (
-            waits(action)
-            or creates
-            and waits(TryRelease(action.deploy))
-            or not labels.isdisjoint(observed.blocked)
-        )
+    def backing_off(action: Action) -> bool:
+        labels = {field.label for field in action if isinstance(field, Deploy)}
+        if isinstance(action, (Create, Replace)) and waits(TryRelease(action.deploy)):
+            return True
+        return waits(action) or not labels.isdisjoint(observed.blocked)
 
-    restarts = [Restart(deploy) for deploy in observed.down]
-    tasks: List[Any] = [Chore.CONFIGURE]
-    tasks += [Unblock(name) for name in observed.blocked]
-    tasks += [restart for restart in restarts if not backing_off(restart)]
-    if observed.rebooted and all(failure_key(r) in observed.done for r in restarts):
-        tasks.append(Chore.FINISH_BOOT)
-    if observed.proxy:
-        tasks.append(Chore.KEEP_PROXY)
-    for task in tasks:
+    for task in chores(observed):
         if failure_key(task) not in observed.done and not waits(task):
             return [task]
-    actions = next_actions(observed, observed.master, backing_off) if observed.master else []
-    if actions:
-        return [with_force(action, failures) for action in actions]
-    connected = observed.state.connections
-    not_ready = [task for kind, task in failures if kind is Connect and not waits(task)]
-    return [task for task in not_ready if connected.get(task.end_point) == task.label]
+    if observed.master:
+        actions = next_actions(observed, observed.master, backing_off)
+        if actions:
+            return [with_force(action, failures) for action in actions]
+    connected = starmap(Connect, observed.state.connections.items())
+    return [task for task in connected if failure_key(task) in failures and not waits(task)]
 
 
 def still_disconnected(
     disconnected: Mapping[str, str], state: State, master: Optional[State]
 ) -> Dict[str, str]:
-    """Return which endpoints, disconnected for a replacement, could be connected again."""
+    """Return which of the endpoints disconnected for a replacement could be connected again."""
     return {
         end_point: name
         for end_point, name in disconnected.items()
@@ -6383,7 +6371,7 @@ def still_disconnected(
 
 
 def do_tasks(
-    retries: Retries, observe: Callable[[], Observed], do: Callable[[Any, Observed], None]
+    retries: Retries, observe: Callable[[], Observed], do: Callable[[Task, Observed], None]
 ) -> None:
     """Do what is decided, and decide anew, until nothing can be done in this round."""
     while True:
@@ -6397,13 +6385,11 @@ def do_tasks(
 
 
 def unfinished(observed: Observed) -> Set[Key]:
-    """Return the keys of all tasks that are to be done, also of those that wait for others."""
-    state, master = observed.state, observed.master
-    tasks: List[Any] = [Chore.RECOVER, Chore.CONFIGURE, Chore.FINISH_BOOT]
-    tasks += [Unblock(name) for name in observed.blocked]
-    tasks += [Restart(deploy) for deploy in observed.down]
-    tasks += [Chore.KEEP_PROXY] if observed.proxy else []
-    tasks += [Connect(e, name) for e, name in state.connections.items()]  # not ready, it may be
+    """Return the keys of all that is still to be done, also of what waits for others."""
+    state = observed.state
+    master = observed.master
+    tasks = [Chore.RECOVER, *chores(observed)]
+    tasks += starmap(Connect, state.connections.items())  # to what is not ready, it may be
     tasks += starmap(Connect, observed.disconnected.items())
     if master:
         actions = plan(observed.end_points, state, master)
@@ -6414,33 +6400,8 @@ def unfinished(observed: Observed) -> Set[Key]:
 
 
 # --------------------------------------------------------------------------------------------------
-# A machine of the fleet: it observes, decides, acts and reports
+# A machine of a fleet: it polls, observes, decides, acts and reports
 # --------------------------------------------------------------------------------------------------
-
-
-def slave_record(host: Host, problems: List[Dict[str, str]]) -> JsonObject:
-    """Return what a machine tells the fleet of itself."""
-    import socket
-
-    config, name, address = host.config, host.config.proxy.slave_interface_name, ""
-    try:
-        address = interface_address(name)
-    except OSError as e:
-        why = f"the interface {name} (slaveInterfaceName) has no IPv4 address: {e.strerror}"
-        problems = [*problems, {"message": why}]
-    try:
-        state = load_state(config)
-    except C2Error:
-        state = State()
-    problems = [dict(p, message=masked(p["message"], host.log.secrets)) for p in problems]
-    error = "; ".join(p["message"] for p in problems)
-    return {
-        "status": {"error": error} if error else "ok",
-        "ipAddress": address,
-        "hostName": socket.gethostname(),
-        "state": encode(state),
-        "problems": problems,
-    }
 
 
 class Reporter:
@@ -6456,28 +6417,49 @@ class Reporter:
 
     def report(self, problems: List[Dict[str, str]], anyway: bool = False) -> None:
         """Write the record, if it has changed or anyway."""
-        record = slave_record(self.host, problems)
+        import socket
+
+        config = self.host.config
+        log = self.host.log
+        name = config.proxy.slave_interface_name
+        address = ""
+        state = State()
+        try:
+            address = interface_address(name)
+        except OSError as e:
+            why = f"the interface {name} (slaveInterfaceName) has no IPv4 address: {e.strerror}"
+            problems = [*problems, {"message": why}]
+        with contextlib.suppress(C2Error):
+            state = load_state(config)
+        problems = [dict(p, message=masked(p["message"], log.secrets)) for p in problems]
+        error = "; ".join(p["message"] for p in problems)
+        record = {
+            "status": {"error": error} if error else "ok",
+            "ipAddress": address,
+            "hostName": socket.gethostname(),
+            "state": encode(state),
+            "problems": problems,
+        }
         with self.lock:
             if record == self.written and not anyway:
                 return
-            url = remote_url(self.host.config, "slaves", self.label, "state.json")
             try:
-                put_object(url, record)
+                put_object(remote_url(config, "slaves", self.label, "state.json"), record)
                 self.written = record
             except (C2Error, OSError) as e:
-                self.host.log.warn("record", f"this machine's record can't be written: {e}")
+                log.warn("record", f"this machine's record can't be written: {e}")
 
 
-def survive(log: Log, function: Callable[..., Any], *args: Any) -> None:
+def survive(log: Log, function: Callable[[], Any]) -> None:
     """Call a function; whatever goes wrong, a machine that nobody looks after goes on."""
     try:
-        function(*args)
+        function()
     except Exception as e:
         log.warn("slave", problem_of(e)[0])
 
 
 def heartbeat(
-    log: Log, beat: Callable[[], None], sleep: Callable[[float], Any] = time.sleep
+    log: Log, beat: Callable[[], None], sleep: Callable[[float], None] = time.sleep
 ) -> None:
     """Call `beat` every minute, for ever; also while an action takes its time."""
     while True:
@@ -6485,8 +6467,10 @@ def heartbeat(
         survive(log, beat)
 
 
-def require_port(action: Any) -> None:
-    """Raise when something else holds a deploy's port; what was just stopped gets a moment."""
+def require_port(action: Action) -> None:
+    """Raise when something else holds a new deploy's port; what was just stopped gets a moment."""
+    if not isinstance(action, (Create, Replace)):
+        return
     deploy = action.deploy
     if isinstance(action, Replace) and action.old.port == deploy.port:
         return
@@ -6497,18 +6481,14 @@ def require_port(action: Any) -> None:
         )
 
 
-def apply_action(host: Host, action: Any, state: State) -> None:
-    """Apply one action; raise when it fails, or what it has connected is not ready."""
-    if isinstance(action, (Create, Replace)):
-        require_port(action)
-    problem = None
-    if isinstance(action, Connect):
-        config, deploy = host.config, state.deploys[action.label]
-        problem = readiness_problem(config, deploy)
-        serving = state.deploys.get(state.connections.get(action.end_point, ""), deploy)
-        if problem and serving != deploy and ready(config.proxy, serving.port):
-            raise Refused(f"{problem}; {action.end_point} stays on {serving.label}")
-    if not problem or state.connections.get(action.end_point) != action.label:
+def apply_connect(host: Host, action: Connect, state: State) -> None:
+    """Connect also what is not ready, and raise then; but not in place of what is ready."""
+    deploy = state.deploys[action.label]
+    before = state.deploys.get(state.connections.get(action.end_point, ""))
+    problem = readiness_problem(host.config, deploy)
+    if problem and before and before != deploy and ready(host.config.proxy, before.port):
+        raise Refused(f"{problem}; {action.end_point} stays on {before.label}")
+    if not problem or before != deploy:
         apply_actions(host, [action], state)
     if problem:
         raise C2Error(f"{problem}, though {action.end_point} is connected to it")
@@ -6554,15 +6534,19 @@ class Slave:
         self.poll = Poll(host.log, master_url(host.config))
 
     def round(self) -> List[Dict[str, str]]:
-        """Make this machine what the master state says, as far as can be; report what is wrong."""
+        """Make this machine what the master state says, as far as possible, report, and return it.
+
+        What is returned is what is wrong, each with its deploy and endpoint.
+        """
         self.retries.begin_round()
         reasons: List[str] = []
         if not self.started:  # a reboot's work waits for no S3
             self.retries.done.add(failure_key(Chore.CONFIGURE))
             reasons = self.reconcile(None)
-        master, news = None, False
+        master = None
+        news = False
         try:
-            news = self.look()
+            news = self.poll_master()
             master = self.master
             self.missed_polls = 0
         except (C2Error, OSError) as e:
@@ -6584,11 +6568,11 @@ class Slave:
         self.reporter.report(self.problems)
         return self.problems
 
-    def look(self) -> bool:
-        """Read the master state; tells whether it is another one than before."""
+    def poll_master(self) -> bool:
+        """Read the master state; tell whether it is another one than before."""
         url = master_url(self.host.config)
         try:
-            document = self.poll.read()
+            document: Optional[str] = self.poll.read()
         except Missing:
             if load_state(self.host.config).deploys:
                 raise C2Error(f"{url} is not there, though this machine runs deploys") from None
@@ -6600,7 +6584,7 @@ class Slave:
         return True
 
     def reconcile(self, master: Optional[State]) -> List[str]:
-        """With the host's lock, do what is to be done; returns why that was not possible."""
+        """Do what is to be done, with the host's lock; return why that was not possible."""
         try:
             with locked(self.host, 60, verb="slave-update"):
                 self.host.log.begin_round()
@@ -6639,8 +6623,8 @@ class Slave:
             disconnected=self.disconnected,
         )
 
-    def perform(self, task: Any, observed: Observed) -> None:
-        """Do a task; raises when it fails."""
+    def perform(self, task: Task, observed: Observed) -> None:
+        """Do a task; raise when it fails."""
         host = self.host
         state = load_state(host.config)
         if task is Chore.CONFIGURE:
@@ -6657,9 +6641,11 @@ class Slave:
             self.keep_proxy(state)
         elif isinstance(task, TryRelease):
             try_release(host, task.deploy)
-        else:
+        elif isinstance(task, Connect):
+            apply_connect(host, task, state)
+        elif not isinstance(task, Chore):
             master = observed.master or state
-            if is_outage(observed.end_points, task, master):
+            if isinstance(task, Disconnect) and is_outage(observed.end_points, task, master):
                 self.disconnected[task.end_point] = state.connections[task.end_point]
                 host.log.warn(
                     "outage",
@@ -6667,7 +6653,8 @@ class Slave:
                     "runs, whose label or port is still held by what is connected",
                     endpoint=task.end_point,
                 )
-            apply_action(host, task, state)
+            require_port(task)
+            apply_actions(host, [task], state)
 
     def keep_proxy(self, state: State) -> None:
         """Make the proxy serve `state`, and run if it does not.
@@ -7052,7 +7039,10 @@ def cmd_slave_update(host: Host, args: "Namespace") -> None:
 
     require_remote(host.config, "slave-update")
     slave = Slave(host, getattr(args, "config", None))
-    beat = lambda: slave.reporter.report(slave.problems, anyway=True)  # noqa: E731
+
+    def beat() -> None:
+        slave.reporter.report(slave.problems, anyway=True)
+
     threading.Thread(target=heartbeat, args=(host.log, beat), daemon=True).start()
     while args.repeat:
         survive(host.log, slave.round)
@@ -7067,39 +7057,28 @@ def cmd_slave_update(host: Host, args: "Namespace") -> None:
 
 @subcommand("remove the records of slaves that are gone for 5 minutes", "c2 slave-flush")
 def cmd_slave_flush(host: Host, args: "Namespace") -> None:
-    import tempfile
-
     config = host.config
     require_remote(config, "slave-flush")
-    with tempfile.TemporaryDirectory(prefix="c2-") as directory:
+    with scratch() as directory:
         records = read_records(config, directory)
     stale = [r.label for r in records if r.moment and r.age > FLUSH_SECS]
-    odd = [r.label for r in records if not r.moment]
-    if odd:
-        host.log.warn("flush", f"passed over what is no slave's: {', '.join(odd)}")
+    foreign = [r.label for r in records if not r.moment]
+    if foreign:
+        host.log.warn("flush", f"passed over what is no slave's: {', '.join(foreign)}")
     for i in range(0, len(stale), 1000):  # as many as one request takes
         urls = [remote_url(config, "slaves", name, "state.json") for name in stale[i : i + 1000]]
         keys = [{"Key": s3_object(url)[-1]} for url in urls]
-        with tempfile.NamedTemporaryFile("w", prefix="c2-") as f:
-            f.write(json.dumps({"Objects": keys, "Quiet": True}))
-            f.flush()
-            said = aws(
-                "s3api",
-                "delete-objects",
-                *s3_object(urls[0])[:2],
-                "--delete",
-                f"file://{f.name}",
-                "--output",
-                "json",
-            )
-        errors = json.loads(said or "{}").get("Errors")
+        bucket = s3_object(urls[0])[:2]
+        with scratch() as directory:
+            path = os.path.join(directory, "keys.json")
+            replace_file(path, json.dumps({"Objects": keys, "Quiet": True}))
+            delete = ["--delete", f"file://{path}", "--output", "json"]
+            answer = aws("s3api", "delete-objects", *bucket, *delete)
+        errors = json.loads(answer or "{}").get("Errors")
         if errors:
             raise C2Error(f"{errors[0].get('Key')} can't be removed: {errors[0].get('Message')}")
-    host.log.info(
-        "flush",
-        f"removed {len(stale)} slave records older than {FLUSH_SECS} s"
-        + "".join(f"\n  {name}" for name in stale),
-    )
+    names = "".join(f"\n  {name}" for name in stale)
+    host.log.info("flush", f"removed {len(stale)} slave records older than {FLUSH_SECS} s{names}")
 
 
 @subcommand(

@@ -3797,7 +3797,10 @@ class Releases(Sandbox):
 
     def test_no_start_command(self):
         for words, keys in (
-            ("the release n.zip: release.json has no startCommand, but startCmd; one that", "startCmd"),
+            (
+                "the release n.zip: release.json has no startCommand, but startCmd; one that",
+                "startCmd",
+            ),
             ("has no startCommand; one that starts nothing", "stopCommand"),
         ):
             self.release("n.zip", {"release.json": json.dumps({keys: "x"})})
@@ -8770,19 +8773,28 @@ class FleetWords(unittest.TestCase):
                 subprocess.check_call(["bash", "-n", os.path.join(directory, name)])
 
 
+class Clock(object):
+    """A clock that goes when it is told to."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
 class S3Stub(threading.Thread):
-    """Answers GETs as S3 does, over kept connections, and counts."""
+    """Answers GETs as S3 does, and notes the statuses."""
 
     def __init__(self):
         threading.Thread.__init__(self, daemon=True)
-        stub, self.answers, self.body, self.seen, self.connections = self, [], "one", [], 0
+        stub, self.answers, self.body, self.seen = self, [], "one", []
 
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
-
-            def setup(self):
-                http.server.BaseHTTPRequestHandler.setup(self)
-                stub.connections += 1
 
             def do_GET(self):
                 etag = '"%s"' % hash(stub.body)
@@ -8793,12 +8805,12 @@ class S3Stub(threading.Thread):
                     self.close_connection = True
                     return
                 body = stub.body.encode() if status == 200 else b""
-                if status == "half":
-                    status, self.close_connection = 200, True
+                half = status == "half"
+                status = 200 if half else status
                 self.send_response(status)
                 self.send_header("ETag", etag)
                 self.send_header("Location", "/elsewhere")
-                self.send_header("Content-Length", str(len(body) + self.close_connection))
+                self.send_header("Content-Length", str(len(body) + half))
                 self.end_headers()
                 self.wfile.write(body)
 
@@ -8825,8 +8837,8 @@ class Polls(unittest.TestCase):
         patch = mock.patch.object(c2, "aws", self.aws)
         patch.start()
         self.addCleanup(patch.stop)
-        self.poll = c2.Poll(self.log, "s3://bucket/key")
-        self.addCleanup(lambda: self.poll.connection and self.poll.connection.close())
+        self.clock = Clock()
+        self.poll = c2.Poll(self.log, "s3://bucket/key", self.clock)
 
     def aws(self, *args):
         self.calls.append(args[1])
@@ -8839,10 +8851,10 @@ class Polls(unittest.TestCase):
             self.assertEqual("one", self.poll.read())
         self.stub.body = "two"
         self.assertEqual(["two", "two"], [self.poll.read(), self.poll.read()])
-        self.assertEqual((["presign"], 1), (self.calls, self.stub.connections))
+        self.assertEqual(["presign"], self.calls)
         self.assertEqual([200] + [304] * 49 + [200, 304], self.stub.seen)
 
-    def test_a_closed_connection_is_made_again(self):
+    def test_a_request_without_an_answer_is_made_again(self):
         self.poll.read()
         self.stub.answers = ["drop"]
         self.assertEqual(("one", ["presign"]), (self.poll.read(), self.calls))
@@ -8851,7 +8863,10 @@ class Polls(unittest.TestCase):
         self.poll.read()
         self.stub.answers = [403]
         self.assertEqual("one", self.poll.read())
-        self.poll.renew = 0
+        self.clock.sleep(c2.PRESIGN_SECS - 1)
+        self.assertEqual("one", self.poll.read())
+        self.assertEqual(["presign"] * 2, self.calls)
+        self.clock.sleep(1)
         self.assertEqual("one", self.poll.read())
         self.assertEqual(["presign"] * 3, self.calls)
 
@@ -8861,13 +8876,13 @@ class Polls(unittest.TestCase):
 
     def test_where_it_is_not_possible_the_cli_is_used_and_that_is_said_once(self):
         for status in (400, 403, 307):
-            self.calls, self.stub.answers, self.poll.fall_back = [], [status] * 2, 0
-            self.poll.renew = 0
-            self.assertEqual(["cli"] * 3, [self.poll.read() for _ in range(3)])
+            self.calls, self.stub.answers = [], [status] * 2
+            self.assertEqual(["cli"] * 2, [self.poll.read() for _ in range(2)])
+            self.clock.sleep(c2.PRESIGN_SECS - 1)
+            self.assertEqual("cli", self.poll.read())
             self.assertEqual(["presign"] * 2 + ["cp"] * 3, self.calls)
-            self.assertGreater(self.poll.fall_back, time.monotonic() + c2.PRESIGN_SECS - 60)
+            self.clock.sleep(1)
         self.assertEqual(1, self.log.warn.call_count)
-        self.poll.fall_back = 0
         self.assertEqual("one", self.poll.read())
 
     def test_a_hiccup_makes_it_fall_back_for_a_minute_only(self):
@@ -8877,8 +8892,7 @@ class Polls(unittest.TestCase):
                 self.calls, self.stub.answers = [], list(answers)
                 self.assertEqual(["cli", "cli"], [self.poll.read(), self.poll.read()])
                 self.assertEqual((["cp", "cp"], []), (self.calls, self.stub.answers))
-                self.assertLess(self.poll.fall_back, time.monotonic() + c2.HEARTBEAT_SECS + 1)
-                self.poll.fall_back = 0
+                self.clock.sleep(c2.HEARTBEAT_SECS)
                 self.assertEqual("one", self.poll.read())
 
     def test_a_document_that_goes_and_comes_back(self):
@@ -8913,6 +8927,11 @@ class Polls(unittest.TestCase):
         self.assertLess(tracemalloc.get_traced_memory()[0] - before, 500000)
         self.assertEqual(0, self.log.warn.call_count)
 
+    def test_no_redirect_is_followed(self):
+        self.stub.answers = [302, 302]
+        self.assertEqual("cli", self.poll.read())
+        self.assertEqual([302, 302], self.stub.seen)
+
     def test_an_outage_is_no_reason_to_fall_back(self):
         self.poll.read()
         self.stub.answers = ["drop", "drop"]
@@ -8921,19 +8940,6 @@ class Polls(unittest.TestCase):
         self.assertEqual(
             ("one", ["presign"], 0), (self.poll.read(), self.calls, self.log.warn.call_count)
         )
-
-
-class Clock(object):
-    """A clock that goes when it is told to."""
-
-    def __init__(self):
-        self.now = 1000.0
-
-    def __call__(self):
-        return self.now
-
-    def sleep(self, seconds):
-        self.now += seconds
 
 
 class RetryPauses(unittest.TestCase):
@@ -9411,7 +9417,7 @@ class Staying(unittest.TestCase):
     def rounds(self, slave, is_open):
         """Stub all but a round's decisions; returns the states that the proxy was kept for."""
         kept = []
-        slave.look = mock.Mock(return_value=False)
+        slave.poll_master = mock.Mock(return_value=False)
         slave.reporter.report = mock.Mock()
         slave.keep_proxy = kept.append
         for patch in (
@@ -9461,7 +9467,7 @@ class Staying(unittest.TestCase):
     def test_a_round_without_the_masters_state(self):
         slave = self.slave(Clock())
         self.rounds(slave, [True])
-        slave.look = mock.Mock(side_effect=[True, c2.C2Error("S3 is away"), True])
+        slave.poll_master = mock.Mock(side_effect=[True, c2.C2Error("S3 is away"), True])
         slave.reconcile = mock.Mock(return_value=[])
         slave.master = c2.State()
         self.assertEqual([], slave.round())
@@ -9522,7 +9528,7 @@ class Staying(unittest.TestCase):
         host = {"state": c2.State({"a": a}, {"e": "a"})}
         slave.host.config.end_points["e"] = None
 
-        def apply_action(_, action, state):
+        def apply_connect(_, action, state):
             if isinstance(action, c2.Replace):
                 raise c2.Interrupted(15)
             actions.append(action)
@@ -9536,7 +9542,8 @@ class Staying(unittest.TestCase):
             listening=mock.Mock(),
             try_release=mock.Mock(),
             load_state=lambda config: host["state"],
-            apply_action=apply_action,
+            apply_connect=apply_connect,
+            apply_actions=lambda host, actions, state: apply_connect(host, actions[0], state),
         ):
             slave.retries.done = {c2.failure_key(chore) for chore in c2.Chore}
             with self.assertRaises(c2.Interrupted):
