@@ -29,7 +29,8 @@ Words:
   deploy      a release that runs under a label, in DEPLOYS/LABEL; with the proxy on its own port
   endpoint    host names that the proxy serves; connected to one deploy, or to none
   state       what runs and what is connected (state.json); a fleet has a master state in S3
-  action      one change of the state: Create, Replace, Restart, Destroy, Connect, Disconnect
+  action      one change of the state: Create, Replace, Restart, Destroy, Connect, Disconnect; a
+              Rollout is a start and the connections to it as one
   step        a part of an action, with its undo; the journal names the one that is under way
   live links  live/ENDPOINT -> ../ports/PORT, which nginx follows at each request: the switch
   ready       answers HTTP (2xx or 3xx on readyPath); drain: wait until no request is in flight
@@ -1441,10 +1442,28 @@ class Disconnect(NamedTuple):
     end_point: str
 
 
-Action = Union[Create, Replace, Restart, Destroy, Connect, Disconnect]
+class Rollout(NamedTuple):
+    """Start `deploy`, unless it runs, and when it is ready connect endpoints; all or nothing."""
+
+    deploy: Deploy
+    start: Optional[Union[Create, Replace, Restart]]
+    end_points: Tuple[str, ...] = ()
+
+
+Part = Union[Create, Replace, Restart, Destroy, Connect, Disconnect]
+Action = Union[Part, Rollout]
 ACTIONS: Dict[str, Callable[..., Action]] = {
-    kind.__name__: kind for kind in (Create, Replace, Restart, Destroy, Connect, Disconnect)
+    kind.__name__: kind
+    for kind in (Create, Replace, Restart, Destroy, Connect, Disconnect, Rollout)
 }
+
+
+def parts_of(action: Action) -> List[Part]:
+    """Return the actions that an action is made of."""
+    if not isinstance(action, Rollout):
+        return [action]
+    starts: List[Part] = [action.start] if action.start else []
+    return [*starts, *(Connect(e, action.deploy.label) for e in action.end_points)]
 
 
 def without(items: Mapping[str, Any], key: str) -> JsonObject:
@@ -1453,6 +1472,10 @@ def without(items: Mapping[str, Any], key: str) -> JsonObject:
 
 def next_state(action: Action, state: State, now: str = "") -> State:
     """Return the state after a successful `action` that ended at `now` (a UTC time, as text)."""
+    if isinstance(action, Rollout):
+        for part in parts_of(action):
+            state = next_state(part, state, now)
+        return state
     if isinstance(action, (Connect, Disconnect)):
         end_point = action.end_point
         before = state.connections.get(end_point)
@@ -1770,6 +1793,37 @@ def start_actions(state: State, deploy: Deploy, runs: Callable[[Deploy], bool]) 
     return [Replace(old, deploy)]
 
 
+def superfluous(state: State, deploy: Deploy, keep: int) -> List[Deploy]:
+    """Return what is older than `deploy` and not connected, but for the newest `keep` of these.
+
+    Those that endpoints were connected to before count as the newest, so that a rollback of any
+    endpoint stays a switch.
+    """
+    before = {(d.label, d.release) for d in state.previous.values()} if keep else set()
+    idle = [d for d in state.deploys.values() if d != deploy and not connected_to(state, d.label)]
+    ranked = sorted(
+        ((d.label, d.release) in before, state.since.get(d.label, ""), d) for d in idle
+    )[::-1]
+    kept = max(keep, sum(is_before for is_before, _, _ in ranked))
+    own = state.since.get(deploy.label, "")
+    return [d for _, since, d in ranked[kept:] if since <= own]
+
+
+def deploy_actions(
+    state: State,
+    deploy: Deploy,
+    end_points: Sequence[str],
+    keep: int,
+    now: str,
+    runs: Callable[[Deploy], bool],
+) -> List[Action]:
+    """Return what `deploy` does at `now`; `runs` as for start_actions."""
+    start: Any = next(iter(start_actions(state, deploy, runs)), None)
+    rollout = Rollout(deploy, start, tuple(end_points))
+    old = superfluous(next_state(rollout, state, now), deploy, keep)
+    return [rollout, *map(Destroy, old)]
+
+
 def stop_actions(state: State, name: str, force: bool = False) -> List[Destroy]:
     deploy = find_deploy(state, name)
     end_points = connected_to(state, deploy.label)
@@ -1788,10 +1842,11 @@ VERBS: Dict[type, Tuple[str, str, str]] = {  # what an action does, is doing, an
     Destroy: ("stop", "stopping", "stopped"),
     Connect: ("connect", "connecting", "connected"),
     Disconnect: ("disconnect", "disconnecting", "disconnected"),
+    Rollout: ("deploy", "deploying", "deployed"),
 }
 
 
-def phrase(action: Action, verb: str, with_release: bool = False) -> str:
+def phrase(action: Part, verb: str, with_release: bool = False) -> str:
     if isinstance(action, Connect):
         return f"{verb} {action.end_point} to {action.label}"
     if isinstance(action, Disconnect):
@@ -1807,18 +1862,21 @@ def phrase(action: Action, verb: str, with_release: bool = False) -> str:
 
 def describe(action: Action) -> str:
     """Return an action in words, as in: start web-1.1 on port 8001."""
-    return phrase(action, VERBS[type(action)][0])
+    return ", ".join(phrase(part, VERBS[type(part)][0]) for part in parts_of(action))
 
 
 def announce(action: Action) -> str:
     """Return what is said when an action begins."""
-    beginning = phrase(action, VERBS[type(action)][1], with_release=True)
-    if isinstance(action, Replace):
-        beginning += f" in place of {action.old.label} ({action.old.release})"
-    return beginning
+    beginnings = []
+    for part in parts_of(action):
+        beginning = phrase(part, VERBS[type(part)][1], with_release=True)
+        if isinstance(part, Replace):
+            beginning += f" in place of {part.old.label} ({part.old.release})"
+        beginnings.append(beginning)
+    return ", then ".join(beginnings)
 
 
-def outcome(action: Action, state: State) -> str:
+def outcome(action: Part, state: State, ready_after: Optional[float] = None) -> str:
     """Return what an action has done that began in `state`."""
     before = now = None
     if isinstance(action, (Connect, Disconnect)):
@@ -1827,6 +1885,8 @@ def outcome(action: Action, state: State) -> str:
         result = f"{action.end_point} " + (f"serves {now} now" if now else "answers 503 now")
     else:
         result = phrase(action, VERBS[type(action)][2])
+        if ready_after is not None:
+            result += f", ready after {ready_after:.1f} s"
         if isinstance(action, Replace):
             before, now = action.old.label, action.deploy.label
     return result + (f" (before: {before})" if before not in (None, now) else "")
@@ -1838,6 +1898,8 @@ def log_fields(action: Action) -> JsonObject:
         fields["endpoint"] = action.end_point
     if isinstance(action, Connect):
         fields["deploy"] = action.label
+    if isinstance(action, Rollout):
+        fields["endpoint"] = ", ".join(action.end_points) or None
     if not isinstance(action, (Connect, Disconnect)):
         deploy = action.deploy
         fields.update(deploy=deploy.label, release=deploy.release, port=deploy.port or None)
@@ -2899,16 +2961,23 @@ def undo_on_failure() -> Iterator[Undos]:
 
 
 def encode_action(action: Any) -> JsonObject:
-    plain = {
-        k: dict(v._asdict()) if isinstance(v, Deploy) else v for k, v in action._asdict().items()
-    }
+    def encode_value(value: Any) -> Any:
+        if isinstance(value, Deploy):
+            return dict(value._asdict())
+        return encode_action(value) if hasattr(value, "_asdict") else value
+
+    plain = {k: encode_value(v) for k, v in action._asdict().items()}
     return dict(plain, kind=type(action).__name__)
 
 
 def decode_action(plain: JsonObject) -> Any:
     def decode_value(value: Any) -> Any:
-        if isinstance(value, bool):
+        if isinstance(value, bool) or value is None:
             return value
+        if isinstance(value, list):
+            return tuple(map(decode_value, value))
+        if isinstance(value, dict) and "kind" in value:
+            return decode_action(value)
         return decode(Deploy if isinstance(value, dict) else Label, value, Location("action"))
 
     return ACTIONS[plain["kind"]](**{k: decode_value(v) for k, v in plain.items() if k != "kind"})
@@ -5126,8 +5195,13 @@ class Work(NamedTuple):
         return self.action.deploy
 
     @property
+    def start(self) -> Optional[Part]:
+        """The action less what a Rollout does beside it."""
+        return self.action.start if isinstance(self.action, Rollout) else self.action
+
+    @property
     def old(self) -> Optional[Deploy]:
-        return self.action.old if isinstance(self.action, Replace) else None
+        return self.start.old if isinstance(self.start, Replace) else None
 
     @property
     def in_place(self) -> bool:
@@ -5293,6 +5367,26 @@ def stop_new(work: Work) -> str:
     return result
 
 
+def ready_problem(work: Work) -> str:
+    began = time.monotonic()
+    problem = readiness_problem(work.host.config, work.deploy)
+    if not problem:
+        work.journal.note(ready=round(time.monotonic() - began, 1))
+    return problem
+
+
+def require_ready(work: Work) -> None:
+    problem = ready_problem(work)
+    if problem:
+        raise C2Error(problem)
+
+
+def ready_or_warn(work: Work) -> None:
+    problem = ready_problem(work)
+    if problem:
+        work.host.log.warn("not-ready", problem, deploy=work.deploy.label)
+
+
 def check_place(work: Work) -> None:
     check_project(work.host, work.deploy, work.path())
 
@@ -5343,11 +5437,13 @@ def remove_deploy(work: Work) -> None:
 
 def switch(work: Work) -> None:
     after = next_state(work.action, work.state)
-    route(work.host, after, start=isinstance(work.action, Connect))
+    route(work.host, after, start=not isinstance(work.action, Disconnect))
 
 
 def switch_back(work: Work) -> str:
     restore_links(work.host.config)
+    if isinstance(work.action, Rollout) and work.action.start:
+        drain(work.host, work.deploy)  # which is stopped next
     return ""
 
 
@@ -5368,6 +5464,8 @@ STEPS = {
     "prestart-aside": Step(prestart_aside, nothing),
     "stop-old": Step(stop_old, start_old),
     "start": Step(start_new, stop_new),
+    "wait": Step(ready_or_warn, nothing),
+    "ready": Step(require_ready, nothing),
     "check": Step(check_place, nothing),
     "stop-first": Step(stop_first, nothing),  # it did not run
     "drain": Step(drain_deploy, nothing),
@@ -5382,17 +5480,21 @@ STEPS_OF: Dict[type, List[str]] = {
     Destroy: ["drain", "stop", "remove"],
     Connect: ["switch"],
     Disconnect: ["switch"],
+    type(None): [],
 }
 STEPS_IN_PLACE = ["prepare", "prestart-aside", "stop-old", "merge", "start"]
-ROLLED_BACK = (Create, Replace, Restart)  # when c2 was killed; the others are gone on with
+COMPLETE = ("wait", "done")  # what is in these steps is not rolled back, but recorded
+STARTS = (Create, Replace, Restart)
 
 
 def steps_of(work: Work) -> List[str]:
-    if work.in_place:
-        return STEPS_IN_PLACE
-    if isinstance(work.action, Restart) and not os.path.isdir(work.path()):
-        return STEPS_OF[Create]
-    return STEPS_OF[type(work.action)]
+    start, config = work.start, work.host.config
+    anew = isinstance(start, Restart) and not os.path.isdir(work.path())
+    steps = STEPS_IN_PLACE if work.in_place else STEPS_OF[Create if anew else type(start)]
+    if isinstance(work.action, Rollout):
+        return [*steps, "ready", *["switch"][: len(work.action.end_points)]]
+    waits = isinstance(start, STARTS) and config.has_proxy and not config.remote
+    return [*steps, "wait"] if waits else steps
 
 
 def begin(host: Host, action: Action, state: State) -> Work:
@@ -5493,7 +5595,10 @@ def commit(work: Work, seconds: Optional[float] = None) -> State:
     host, action, config = work.host, work.action, work.host.config
     state = next_state(action, work.state, utc_now())
     save_state(config, state)
-    host.log.info("done", outcome(action, work.state), seconds=seconds, **log_fields(action))
+    ready_after = work.journal.record.get("ready")
+    for part in parts_of(action):
+        result = outcome(part, work.state, ready_after)
+        host.log.info("done", result, seconds=seconds, **log_fields(part))
     if work.old and config.has_proxy and not work.in_place:
         remove(config.path(work.old.label))
         remove(output_path(config, work.old.label))
@@ -5530,8 +5635,11 @@ def apply_actions(host: Host, actions: Sequence[Action], state: State) -> State:
             perform(work)
         except BaseException as e:
             with uninterruptible():
-                if isinstance(e, Interrupted) and work.journal.record.get("step") == "done":
+                step = work.journal.record.get("step")
+                if isinstance(e, Interrupted) and step in COMPLETE:
                     commit(work)  # it came too late
+                    if step == "wait":
+                        say(f"{work.deploy.label} stays started; it may not be ready yet")
                 else:
                     give_up(work, e)
             raise
@@ -5562,26 +5670,33 @@ def require_known_steps(work: Work) -> None:
         )
 
 
+def goes_on(work: Work) -> bool:
+    """Tell whether a killed action is gone on with, not rolled back: a stop, a begun switch."""
+    rolled_back = isinstance(work.action, (*STARTS, Rollout))
+    return not rolled_back or work.journal.record["step"] == "switch"
+
+
 def finish_or_roll_back(work: Work) -> str:
     """Recover what the journal tells of, and return what was undone.
 
     Where that fails, an endpoint is left as the state has it, and a label is blocked; others are
     free at the next command.
     """
-    action, journal, config = work.action, work.journal, work.host.config
+    journal, config, finish = work.journal, work.host.config, goes_on(work)
     journal.ignore_disk_full = True
     try:
-        if isinstance(action, ROLLED_BACK):
+        if not finish:
             return roll_back(work)
         journal.note(resumed=journal.record["step"])
         perform(work)
         return ""
     except (C2Error, OSError) as e:
-        if isinstance(action, (Connect, Disconnect)):
+        if finish and not isinstance(work.action, Destroy):
+            killed = journal.doing
             roll_back(work)
             raise C2Error(
-                f"could not finish what was killed ({journal.doing}): {e}; {action.end_point} is "
-                "as it was before; mend the cause and try again"
+                f"could not finish what was killed ({killed}): {e}; all is as it was before; mend "
+                "the cause and try again"
             ) from None
         subject = work.deploy.label
         make_dir(config.proxy_path("blocked"))
@@ -5605,13 +5720,15 @@ def recover(host: Host) -> None:
         if end_orphan(journal.record["group"]):
             host.log.warn("recover", "ended the command that it left running")
         with uninterruptible():
-            finished = journal.record["step"] == "done"
-            result = "" if finished else finish_or_roll_back(work)
-            if finished or not isinstance(work.action, ROLLED_BACK):
+            complete = journal.record["step"] in COMPLETE
+            finish = complete or goes_on(work)
+            result = "" if complete else finish_or_roll_back(work)
+            if finish:
                 commit(work)
+                result = ", ".join(outcome(part, work.state) for part in parts_of(work.action))
             else:
                 result = f"rolled back {describe(work.action)}" + (result and f": {result}")
-        host.log.info("recovered", f"recovered: {result or outcome(work.action, work.state)}")
+        host.log.info("recovered", f"recovered: {result}")
     clean_up(host)
 
 
@@ -6778,7 +6895,7 @@ def change_state(
     if host.config.remote:
         state, actions = change_master(host, choose)
         if args.wait is not None:
-            subjects = [about, *map(log_fields, actions)]
+            subjects = [about, *(log_fields(part) for a in actions for part in parts_of(a))]
             labels = {a["deploy"] for a in subjects if "deploy" in a}
             end_points = {a["endpoint"] for a in subjects if "endpoint" in a}
             await_fleet(host, args.wait, asked_by(state, labels, end_points))
@@ -6789,8 +6906,19 @@ def change_state(
         apply_actions(host, choose(state), state)
 
 
-def start_release(host: Host, args: "Namespace", release: str, name: str) -> None:
-    """Deploy a release under the label `name`, by the rules of `start_actions`."""
+def warn_of_certificate(host: Host, end_point: str) -> None:
+    problem = status_certificates(host.config).get(end_point)
+    if isinstance(problem, str):
+        host.log.warn("certificate", f"{end_point}: {problem}", endpoint=end_point)
+
+
+StartRule = Callable[[State, Deploy, Callable[[Deploy], bool]], Sequence[Action]]
+
+
+def start_release(
+    host: Host, args: "Namespace", release: str, name: str, rule: StartRule = start_actions
+) -> None:
+    """Do what `rule` says of the start of a release under the label `name`."""
     config = host.config
     remote = config.remote is not None
     check_label(name, State())
@@ -6805,12 +6933,12 @@ def start_release(host: Host, args: "Namespace", release: str, name: str) -> Non
             lambda port: port in ports or not remote and port_taken(port),
         )
 
-    def choose(state: State) -> List[Action]:
+    def choose(state: State) -> Sequence[Action]:
         deploy = state.deploys.get(name)
         if not deploy or deploy.release != release or deploy.has_port != config.has_proxy:
             deploy = Deploy(name, release, allocate_port(state) if config.has_proxy else 0)
-        actions = start_actions(state, deploy, lambda d: remote or listening(d.port))
-        if not actions:
+        actions = rule(state, deploy, lambda d: remote or listening(d.port))
+        if not any(isinstance(part, STARTS) for action in actions for part in parts_of(action)):
             say(f"{name} ({release}) runs already, on port {deploy.port}")
         return actions
 
@@ -6818,7 +6946,7 @@ def start_release(host: Host, args: "Namespace", release: str, name: str) -> Non
 
 
 @subcommand(
-    "deploy a release",
+    "start a release",
     "c2 start web-1.4.zip",
     RELEASE,
     argument(
@@ -6827,13 +6955,76 @@ def start_release(host: Host, args: "Namespace", release: str, name: str) -> Non
         nargs="?",
         help="label of the deploy (default: RELEASE less its extension)",
     ),
+    argument(
+        "--ready",
+        action="store_true",
+        help="fail, and roll back, when it is not ready within readyTimeoutSecs",
+    ),
     LOCK_WAIT,
     WAIT,
 )
 def cmd_start(host: Host, args: "Namespace") -> None:
-    release = find_release(host.config, args.release)
+    config = host.config
+    release = find_release(config, args.release)
     name = stem(release) if args.deploy is None else args.deploy
-    start_release(host, args, release, name)
+
+    def ready_or_none(state: State, deploy: Deploy, runs: Callable[[Deploy], bool]) -> List[Action]:
+        actions: Any = start_actions(state, deploy, runs)
+        problem = "" if actions else readiness_problem(config, deploy)
+        if problem:
+            raise Refused(problem)
+        return [Rollout(deploy, start) for start in actions]
+
+    if args.ready:
+        require_proxy(config, "start --ready")
+        if config.remote:
+            raise ConfigError("each machine of a fleet asks for itself; say c2 start --wait SECS")
+    start_release(host, args, release, name, ready_or_none if args.ready else start_actions)
+
+
+@subcommand(
+    "start a release, connect it when it is ready, and stop what is older",
+    "c2 deploy web-1.4",
+    RELEASE,
+    argument(
+        "end_points",
+        metavar="ENDPOINT",
+        nargs="*",
+        help="may be left out when there is only one, and without the proxy",
+    ),
+    argument("--all", action="store_true", help="connect every endpoint"),
+    argument(
+        "--keep",
+        type=amount(int),
+        default=1,
+        metavar="N",
+        help="do not stop the newest N deploys that no endpoint is connected to, nor, unless N is "
+        "0, those to which c2 rollback leads (default: 1)",
+    ),
+    LOCK_WAIT,
+    WAIT,
+)
+def cmd_deploy(host: Host, args: "Namespace") -> None:
+    config = host.config
+    release = find_release(config, args.release)
+    name = stem(release)
+    if not config.has_proxy:
+        if args.end_points or args.all:
+            raise Refused("without the proxy there are no endpoints; say c2 deploy RELEASE")
+        return start_release(host, args, release, name)
+    if args.all and args.end_points:
+        raise ConfigError("say which endpoints, or --all, but not both")
+    names = sorted(config.end_points) if args.all else args.end_points or [None]
+    end_points = sorted({find_end_point(config, end_point) for end_point in names})
+
+    def rule(state: State, deploy: Deploy, runs: Callable[[Deploy], bool]) -> List[Action]:
+        actions = deploy_actions(state, deploy, end_points, args.keep, utc_now(), runs)
+        blocked = [stem(file) for file in list_dir(config.proxy_path("blocked"))]
+        return [a for a in actions if not (isinstance(a, Destroy) and a.deploy.label in blocked)]
+
+    start_release(host, args, release, name, rule)
+    for end_point in end_points:
+        warn_of_certificate(host, end_point)
 
 
 @subcommand(
@@ -6903,9 +7094,7 @@ def connect(
         return [Connect(end_point, deploy.label)]
 
     change_state(host, args, choose, lambda state: target(state).label, endpoint=end_point)
-    problem = status_certificates(config).get(end_point)
-    if isinstance(problem, str):
-        host.log.warn("certificate", f"{end_point}: {problem}", endpoint=end_point)
+    warn_of_certificate(host, end_point)
 
 
 @subcommand(
@@ -7352,10 +7541,13 @@ and with it:
                                           # machine follows with c2 slave-update --repeat 10
 
 Blue/green:
-  c2 start web-1.4.zip               # beside the one that serves
+  c2 deploy web-1.4 main             # start it beside the one that serves, switch when it is ready,
+                                     # and stop what is older than the one that served before
+  c2 rollback main                   # back to that one
+or step by step:
+  c2 start web-1.4                   # waits until it is ready
   c2 connect main web-1.4            # requests go there from now on; none is lost
   c2 stop web-1.3                    # waits for requests in flight
-  c2 rollback main                   # while web-1.3 still runs: back again
 """
 
 

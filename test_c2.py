@@ -2421,6 +2421,60 @@ class StateCases(unittest.TestCase):
             c2.Refused, "there is no deploy x; there are: none", c2.stop_actions, state(), "x"
         )
 
+    def test_deploy(self):
+        a, b, c, d = (deploy(name, port=8000 + n) for n, name in enumerate("abcd"))
+        at = "2026-01-0%dT00:00:00.000Z"
+        since = {name: at % n for n, name in enumerate("abc", 1)}
+        three = state(a, b, c, main="c")._replace(since=since)
+        back = three._replace(previous={"main": a})
+        # Two endpoints, and each has a way back of its own.
+        four = back._replace(
+            connections={"main": "c", "test": "d"}, deploys={**back.deploys, "d": d}
+        )
+        four = four._replace(previous={"main": a, "test": b}, since={**since, "d": at % 4})
+        start = c2.Create(d)
+        for wanted, stopped, before, new, keep, runs in (
+            ((start, ("main",)), "", state(), d, 1, True),
+            ((start, ("main",)), "", state(a, main="a"), d, 1, True),
+            ((start, ("main",)), "a", state(a, main="a"), d, 0, True),
+            ((start, ("main",)), "a", state(a, b, main="b")._replace(since=since), d, 1, True),
+            ((start, ("main",)), "ba", three, d, 1, True),
+            ((start, ("main",)), "a", three, d, 2, True),
+            ((start, ("main",)), "", three, d, 3, True),
+            ((start, ("main",)), "cba", back, d, 0, True),
+            ((start, ("main",)), "ba", back, d, 1, True),  # c is the way back now
+            ((None, ("test",)), "b", back, c, 1, True),  # a is main's way back
+            ((None, ("main",)), "a", back, b, 1, True),  # c is newer, and the way back
+            ((None, ("main",)), "", back, a, 0, True),  # the others are newer
+            ((c2.Restart(b), ("main",)), "a", three, b, 1, False),
+            ((None, ("main",)), "a", four, d, 1, True),
+            ((None, ("main", "test")), "cba", four, d, 0, True),
+        ):
+            with self.subTest(before=before, new=new, keep=keep, runs=runs):
+                rollout, *stops = c2.deploy_actions(
+                    before, new, wanted[1], keep, at % 9, lambda _, runs=runs: runs
+                )
+                self.assertEqual(c2.Rollout(new, *wanted), rollout)
+                self.assertEqual(stopped, "".join(s.deploy.label for s in stops))
+        with self.assertRaisesRegex(c2.Refused, "is connected to main"):
+            c2.deploy_actions(three, deploy("c", "d.zip"), ["main"], 1, "", lambda _: True)
+
+    def test_a_rollout_is_its_parts(self):
+        before = state(deploy("a"), main="a")
+        new = deploy("b", port=8001)
+        rollout = c2.Rollout(new, c2.Create(new), ("main", "test"))
+        after = before
+        for part in c2.parts_of(rollout):
+            after = c2.next_state(part, after, "now")
+        self.assertEqual(after, c2.next_state(rollout, before, "now"))
+        self.assertEqual({"main": "b", "test": "b"}, after.connections)
+        self.assertEqual(
+            "start b on port 8001, connect main to b, connect test to b", c2.describe(rollout)
+        )
+        for action in (rollout, c2.Rollout(new, None), c2.Rollout(new, c2.Replace(new, new))):
+            plain = json.loads(json.dumps(c2.encode_action(action)))
+            self.assertEqual(action, c2.decode_action(plain))
+
     def test_a_label_comes_before_a_release(self):
         a, b = deploy("a", "b.zip"), deploy("b", "c.zip", 8001)
         self.assertEqual(c2.find_deploy(state(a, b), "b"), b)
@@ -6234,6 +6288,92 @@ class ProxyWithoutDocker(Proxy):
         self.assertEqual("a-2.zip", self.state()["deploys"]["a-1"]["release"])
         self.assertIn('"a-2.zip"', c2.http_get(self.port("a-1"), "/")[1])
 
+    def end_app(self, label):
+        with open(self.path("deploys", label, "pid")) as f:
+            os.kill(int(f.read()), signal.SIGKILL)
+        wait_for(lambda: not c2.listening(self.port(label)), what="the end of the app")
+
+    def test_start_waits_until_it_is_ready(self):
+        self.assertRegex(
+            self.c2("start", "a-1.zip").err,
+            r"started a-1 on port %d, ready after \d\.\d s\n" % self.port("a-1"),
+        )
+        self.assertRegex(self.c2("start", "a-1.zip", "--ready").err, "runs already")
+        self.app("deaf.zip", "deaf")
+        ran = self.c2("start", "deaf.zip")
+        self.assertRegex(
+            ran.err, r"warning: deaf is not ready: no answer to GET / on port \d+ within"
+        )
+        self.assertRegex(ran.err, r"started deaf on port \d+\n")
+        self.assertEqual("deaf.zip", self.state()["deploys"]["deaf"]["release"])
+        self.assertIn("deaf is not ready", self.c2("start", "deaf.zip", "--ready", code=3).err)
+        before = self.state()
+        ran = self.c2("start", "deaf.zip", "d", "--ready", code=1)
+        self.assertIn("rolled back: stopped d again, removed its files", ran.err)
+        self.assertIn("error: d is not ready: no answer", ran.err)
+        self.assertEqual(before, self.state())
+        self.assertFalse(os.path.exists(self.path("deploys", "d")))
+        self.assertIn("ready after", self.c2("start", "a-2.zip", "--ready").err)
+
+    def test_a_restart_waits_until_it_is_ready(self):
+        self.c2("start", "a-1.zip")
+        self.end_app("a-1")
+        self.assertRegex(
+            self.c2("start", "a-1.zip").err, r"restarted a-1 on port \d+, ready after \d\.\d s"
+        )
+        self.end_app("a-1")
+        self.app("a-1.zip", "deaf")
+        shutil.rmtree(self.path("deploys", "a-1"))
+        self.assertIn("a-1 is not ready: no answer", self.c2("start", "a-1.zip").err)
+
+    def started_and_waiting(self):
+        """Start c2, which waits until an app is ready that never will be."""
+        config = json.loads(self.read("etc", "camus2.json"))
+        config["deployMode"]["proxy"]["readyTimeoutSecs"] = 60
+        self.write("etc/camus2.json", config)
+        self.app("deaf.zip", "deaf")
+        process = self.start_c2("start", "deaf.zip")
+        journal = self.path("deploys", "frontend-proxy", "journal.json")
+        wait_for(lambda: json.loads(c2.read_file(journal) or "{}").get("step") == "wait")
+        return process
+
+    def test_interrupted_while_it_waits(self):
+        process = self.started_and_waiting()
+        process.send_signal(signal.SIGINT)
+        ran = self.finish(process)
+        self.assertEqual(130, ran.code)
+        self.assertRegex(
+            ran.err, r"started deaf on port \d+\nc2: deaf stays started; it may not be ready yet"
+        )
+        self.assertTrue(c2.listening(self.port("deaf")))
+        self.assertFalse(os.path.exists(self.path("deploys", "frontend-proxy", "journal.json")))
+
+    def test_killed_while_it_waits(self):
+        """The app is no left-over of the start command."""
+        process = self.started_and_waiting()
+        process.kill()
+        self.finish(process)
+        ran = self.c2("stop", "nosuch", code=3)
+        self.assertRegex(ran.err, r"recovered: started deaf on port \d+")
+        self.assertNotIn("ended the command", ran.err)
+        self.assertTrue(c2.listening(self.port("deaf")))
+
+    def test_deploy_without_the_proxy_is_start(self):
+        self.configure()
+        self.release("one.zip")
+        self.assertIn("there are no endpoints", self.c2("deploy", "one", "main", code=3).err)
+        self.assertIn("started one", self.c2("deploy", "one").err)
+        self.assertIn("needs the proxy", self.c2("start", "one", "--ready", code=2).err)
+
+    def test_deploy_names_its_endpoints(self):
+        for args, words in (
+            (("a-1",), "say which endpoint; the endpoints are: main, test"),
+            (("a-1", "mian"), "did you mean main?"),
+            (("a-1", "main", "--all"), "--all, but not both"),
+        ):
+            self.assertIn(words, self.c2("deploy", *args, code=2).err)
+        self.assertFalse(os.path.exists(self.path("deploys", "a-1")))
+
     def test_unknown_release_and_deploy(self):
         self.assertIn("did you mean a-1.zip", self.c2("start", "a1.zip", code=1).err)
         self.c2("start", "a-1.zip")
@@ -7183,7 +7323,9 @@ class Readme(Proxy):
         )
         self.maxDiff = None
         real = done.stdout.decode().replace(directory, "/opt/web")
-        when = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d\.\d{3}Z)?")
+        when = re.compile(
+            r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d\.\d{3}Z)?|(?<=ready after )\d+\.\d s"
+        )
         self.assertEqual(when.sub("TIME", written), when.sub("TIME", real))
 
 
@@ -7713,6 +7855,32 @@ class Fleet(FleetCase):
         y.update()
         self.c2("wait", "0")
         self.assertEqual((200, "bad.zip"), y.ask())
+
+    def test_deploy_changes_the_master_state_once(self):
+        slave = self.slave("x")
+        for name in "abc":
+            self.app(name + ".zip")
+        self.c2("deploy", "a", "--all")
+        slave.update()
+        self.assertEqual((200, "a.zip"), slave.ask("other"))
+        process = slave.repeat()
+        self.c2("deploy", "b", "main", "--wait", "60")
+        self.assertEqual(({"a": 8000, "b": 8001}, {"main": "b", "other": "a"}), slave.deploys())
+        visitor = Visitor(slave.address, "main")
+        self.c2("deploy", "c", "--all", "--keep", "1", "--wait", "60")
+        slave.end(process)
+        self.assertEqual({(200, "b.zip"), (200, "c.zip")}, set(visitor.finish()))
+        state = self.master_state()
+        self.assertEqual({"main": "c", "other": "c"}, state["connections"])
+        self.assertEqual(
+            "start c on port 8002, connect main to c, connect other to c", state["changed"]["what"]
+        )
+        self.assertEqual((200, "c.zip"), slave.ask("other"))
+        self.c2("deploy", "c", "--all", "--keep", "0", "--wait", "0", code=1)
+        self.assertEqual(["c"], sorted(self.master_state()["deploys"]))
+        slave.update()
+        self.assertEqual(({"c": 8002}, {"main": "c", "other": "c"}), slave.deploys())
+        self.assertIn("c2 start --wait", self.c2("start", "a", "--ready", code=2).err)
 
     def test_deaf_deploys(self):
         slave = self.slave("x")
@@ -11389,6 +11557,55 @@ class BlueGreen(Faulty):
         self.set_up_host("name%d.test" % self.names)
 
 
+class Deploying(Faulty):
+    """The same in one command, with a fault at each effect: all of it or nothing."""
+
+    outcomes = ()
+
+    def story(self, *modes):
+        self.names, begun = 0, time.time()
+        app = json.loads(self.read_member("a.zip", "release.json"))
+        self.release(
+            "deaf.zip",
+            {"x.tpl": "{{source.key}}", "d/y": "y", "v": "deaf.zip"},
+            **dict(app, startCommand=app["startCommand"].replace("C2_PORT", "NONE")),
+        )
+        self.run_c2("deploy", "a.zip", "main")
+        back = [("start", "a.zip"), ("connect", "main", "a"), ("stop", "b")]
+        walk = functools.partial(self.walk, modes, "deploy")
+        walk("b.zip", "main", "--keep", "0", back=back)
+        self.assertEqual((["b"], {"main": "b"}), (list(self.abstract()[0]), self.abstract()[1]))
+        for command in back:
+            self.run_c2(*command)
+        walk("bad.zip", "main", code=1)
+        walk("deaf.zip", "main", code=1)
+        self.run_c2("start", "b.zip")
+        self.outcomes = [{"main": "a"}, {"main": "b", "other": "b"}]
+        walk("b.zip", "--all", back=[("disconnect", "other"), ("connect", "main", "a")])
+        self.assertEqual({"main": "b", "other": "b"}, self.abstract()[1])
+        for command in [("connect", "main", "a"), ("disconnect", "other"), ("stop", "b")]:
+            self.run_c2(*command)
+        self.outcomes = []
+        walk("b.zip", "main", prepare=self.rename, back=back)  # with a reload of nginx
+        self.assertEqual(({"a": "a.zip", "b": "b.zip"}, {"main": "b"}), self.abstract())
+        self.report(modes, begun)
+
+    rename = BlueGreen.rename
+
+    def read_member(self, archive, name):
+        with zipfile.ZipFile(self.path("releases", archive)) as z:
+            return z.read(name).decode()
+
+    def check(self):
+        """Where b was not there before, it serves, or is not there."""
+        super(Deploying, self).check()
+        deploys, connections = self.abstract()
+        if self.outcomes:
+            self.assertIn(connections, self.outcomes)
+        else:
+            self.assertEqual({"main": "b" if "b" in deploys else "a"}, connections)
+
+
 class Replacing(Faulty):
     """Replacing, going back and stopping, with a fault at each effect."""
 
@@ -11432,6 +11649,10 @@ class Replacing(Faulty):
 
 
 class FaultsWithTheProxy(EveryFault, BlueGreen):
+    pass
+
+
+class FaultsOfDeploy(EveryFault, Deploying):
     pass
 
 
@@ -11491,6 +11712,11 @@ class PowerCuts(object):
 
 @needs_bed
 class PowerCutsWithTheProxy(PowerCuts, BlueGreen):
+    pass
+
+
+@needs_bed
+class PowerCutsOfDeploy(PowerCuts, Deploying):
     pass
 
 
@@ -11878,7 +12104,7 @@ class LockAndJournal(Faulty):
         self.write("broken", "")
         self.run_c2("stop", "nosuch", code=1)
         os.unlink(self.path("broken"))
-        ran = self.run_c2("connect", "main", "x")
+        ran = self.run_c2("connect", "main", "x", "--force")
         self.assertIn("started x (moody.zip) again", ran.err)
         self.assertEqual(self.abstract(), ({"x": "moody.zip"}, {"main": "x"}))
 

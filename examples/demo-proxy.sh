@@ -39,19 +39,17 @@ answer() {
 print(u.urlopen(u.Request('http://127.0.0.1:8880$2', headers={'Host': '$1'})).read().decode(), end='')"
 }
 
-show c2 start web-1.0.zip
-show c2 connect main web-1.0
+show c2 deploy web-1.0 main
 answer www.localhost /
 
 "$PYTHON" etc/load.py 127.0.0.1 8880 www.localhost >load.txt &
 load=$!
 printf '\n# From here on eight clients ask http://www.localhost:8880 without a pause.\n'
-show c2 start web-1.1.zip
-show c2 connect test web-1.1
+show c2 deploy web-1.1 test
 answer test.localhost /
-show c2 connect main web-1.1
+show c2 deploy web-1.1 main
 show c2 rollback main
-show c2 connect main web-1.1
+show c2 deploy web-1.1 main
 show c2 disconnect test
 show c2 stop web-1.0
 show c2 status
