@@ -5720,9 +5720,9 @@ def recover(host: Host) -> None:
         if end_orphan(journal.record["group"]):
             host.log.warn("recover", "ended the command that it left running")
         with uninterruptible():
-            complete = journal.record["step"] in COMPLETE
-            finish = complete or goes_on(work)
-            result = "" if complete else finish_or_roll_back(work)
+            is_complete = journal.record["step"] in COMPLETE
+            finish = is_complete or goes_on(work)
+            result = "" if is_complete else finish_or_roll_back(work)
             if finish:
                 commit(work)
                 result = ", ".join(outcome(part, work.state) for part in parts_of(work.action))
