@@ -6335,6 +6335,7 @@ class ProxyWithoutDocker(Proxy):
         process = self.start_c2("start", "deaf.zip")
         journal = self.path("deploys", "frontend-proxy", "journal.json")
         wait_for(lambda: json.loads(c2.read_file(journal) or "{}").get("step") == "wait")
+        self.assertIsNone(json.loads(c2.read_file(journal))["group"])
         return process
 
     def test_interrupted_while_it_waits(self):
@@ -12093,6 +12094,33 @@ class LockAndJournal(Faulty):
         self.assertEqual(self.served(), {"main": "b.zip"})
         self.run_c2("stop", "--force", "x")
         self.assertNotIn("x", self.abstract()[0])
+        self.check()
+
+    def test_a_killed_switch_of_a_deploy_that_can_not_be_finished(self):
+        """All is put back; what may still be asked is drained before it is stopped."""
+        self.run_c2("deploy", "a.zip", "main")
+
+        def kill(host, state, **options):
+            c2.set_links(host.config, c2.routes(host.config, state))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        self.run_c2("deploy", "b.zip", "main", strike=lambda: setattr(c2, "route", kill), code=-9)
+        self.assertEqual({"main": "b.zip"}, self.served())
+
+        def fail(*args, **options):
+            raise c2.C2Error("the engine is down")
+
+        def broken():
+            c2.route = fail
+            c2.drain = lambda host, deploy: self.write("drained", " ".join(self.served().values()))
+
+        ran = self.run_c2("stop", "nosuch", strike=broken, code=1)
+        self.assertRegex(
+            ran.err, r"could not finish what was killed \(start b on port \d+, connect"
+        )
+        self.assertIn("the engine is down; all is as it was before", ran.err)
+        self.assertEqual("a.zip", self.read("drained"))
+        self.assertEqual(({"a": "a.zip"}, {"main": "a"}), self.abstract())
         self.check()
 
     def test_what_was_blocked_does_not_undo_what_came_later(self):
