@@ -7697,8 +7697,9 @@ def completion(words: Sequence[str]) -> Completion:
     elif not command:
         return Completion(start, {k: v.summary for k, v in COMMANDS.items()}, [], config)
     else:
-        positional = [v for k, v in arguments.items() if not k.startswith("-")][position:]
-        for settings in positional:
+        positional = [v for k, v in arguments.items() if not k.startswith("-")]
+        again = [settings for settings in positional[-1:] if settings.get("nargs") == "*"]
+        for settings in positional[position:] or again:
             values.append(settings)
             if "nargs" not in settings:  # one that may be left out leads to the next
                 break

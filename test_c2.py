@@ -5498,6 +5498,8 @@ class Completing(Sandbox):
             ("connect main ", [], ["DEPLOY"], None),
             ("connect --force main ", [], ["DEPLOY"], None),
             ("connect main web-1 ", [], [], None),
+            ("deploy web.zip ", [], ["ENDPOINT"], None),
+            ("deploy web.zip main ", [], ["ENDPOINT"], None),
             ("rollback ", [], ["ENDPOINT"], None),
             ("unpack web.zip ", [], ["DIR"], None),
             ("pack ", [], ["DIR"], None),
