@@ -510,7 +510,7 @@ class ProxyMode(NamedTuple):
     remote_state_s3: Optional[S3Url] = None
     dynamic_port_range: PortRange = PortRange(8000, 8100)
     slave_label: SlaveLabel = Variant("ec2InstanceId")
-    slave_interface_name: Text = "eth0"
+    slave_interface_name: Optional[Text] = None
     nginx_conf_template_path: Optional[FilePath] = None
     http_port: Port = 80
     https_port: Port = 443
@@ -6275,6 +6275,19 @@ def interface_address(name: str) -> str:
         return socket.inet_ntoa(fcntl.ioctl(s, 0x8915, name.encode()[:15].ljust(40, b"\0"))[20:24])
 
 
+def machine_address(name: Optional[str]) -> str:
+    """Return the IPv4 address of the interface `name`, else of eth0, else of the default route's.
+
+    Text that says so when there is none: a machine serves without it.
+    """
+    table = [line.split() for line in (read_file("/proc/net/route") or "").splitlines()]
+    default = [fields[0] for fields in table if fields[1:2] == ["00000000"]]
+    for interface in [name] if name else ["eth0", *default]:
+        with contextlib.suppress(OSError):
+            return interface_address(interface)
+    return f"{name or 'the default route'} has no IPv4 address"
+
+
 # --------------------------------------------------------------------------------------------------
 # Decisions: what a machine of a fleet does next, and when again what has failed
 # --------------------------------------------------------------------------------------------------
@@ -6538,21 +6551,14 @@ class Reporter:
 
         config = self.host.config
         log = self.host.log
-        name = config.proxy.slave_interface_name
-        address = ""
         state = State()
-        try:
-            address = interface_address(name)
-        except OSError as e:
-            why = f"the interface {name} (slaveInterfaceName) has no IPv4 address: {e.strerror}"
-            problems = [*problems, {"message": why}]
         with contextlib.suppress(C2Error):
             state = load_state(config)
         problems = [dict(p, message=masked(p["message"], log.secrets)) for p in problems]
         error = "; ".join(p["message"] for p in problems)
         record = {
             "status": {"error": error} if error else "ok",
-            "ipAddress": address,
+            "ipAddress": machine_address(config.proxy.slave_interface_name),
             "hostName": socket.gethostname(),
             "state": encode(state),
             "problems": problems,

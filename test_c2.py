@@ -1621,7 +1621,7 @@ class ConfigurationCases(unittest.TestCase):
                 remote_state_s3=None,
                 dynamic_port_range=c2.PortRange(8000, 8100),
                 slave_label=c2.Variant("ec2InstanceId"),
-                slave_interface_name="eth0",
+                slave_interface_name=None,
                 nginx_conf_template_path=None,
                 http_port=80,
                 https_port=443,
@@ -8042,8 +8042,19 @@ class Fleet(FleetCase):
         self.assertIn(
             "main.test new.test", slave.read("deploys", "frontend-proxy", "conf", "nginx.conf")
         )
-        self.assertIn("the interface nowhere0", self.error("x"))
-        self.assertEqual("", self.report("x")["ipAddress"])
+        self.assertEqual("ok", self.report("x")["status"])
+        self.assertEqual("nowhere0 has no IPv4 address", self.report("x")["ipAddress"])
+        slave.configure(**self.keys("x", slaveInterfaceName=None))
+        route = ["ip", "route", "add", "default", "dev", "c2ex"]
+        for there, address in (
+            (False, "the default route has no IPv4 address"),
+            (True, slave.address),
+        ):
+            if there:
+                subprocess.check_call(["nsenter", slave.net, *route])
+            slave.update()
+            self.assertEqual("ok", self.report("x")["status"])
+            self.assertEqual(address, self.report("x")["ipAddress"])
 
     def test_after_a_reboot(self):
         slave = self.slave("x")
