@@ -6379,9 +6379,12 @@ class Retries:
             self.failures[key] = Failure(times, self.clock() + retry_pause(task, times), str(e))
             self.log.warn("slave", str(e))
             return False
-        self.failures.pop(key, None)
+        self.forget(task)
         self.done.add(key)
         return True
+
+    def forget(self, task: Task) -> None:
+        self.failures.pop(failure_key(task), None)
 
     def keep(self, keys: Set[Key]) -> None:
         """Forget the failures of what is not to be done any more."""
@@ -6430,12 +6433,12 @@ def next_actions(
 
     if cut_off:
         actions = feasible(end_points, state, master, is_held)
-    targets = [
+    targets = {
         master.deploys[master.connections[action.end_point]]
         for action in actions
         if isinstance(action, Disconnect) and is_outage(end_points, action, master)
-    ]
-    trials = [t for t in map(TryRelease, targets) if failure_key(t) not in observed.done]
+    }
+    trials = [t for t in map(TryRelease, sorted(targets)) if failure_key(t) not in observed.done]
     return trials or actions
 
 
@@ -6769,7 +6772,9 @@ class Slave:
         elif not isinstance(task, Chore):
             master = observed.master or state
             if isinstance(task, Disconnect) and is_outage(observed.end_points, task, master):
-                self.disconnected[task.end_point] = state.connections[task.end_point]
+                label = state.connections[task.end_point]
+                self.disconnected[task.end_point] = label
+                self.retries.forget(Connect(task.end_point, label))  # if it was not ready before
                 host.log.warn(
                     "outage",
                     f"{task.end_point} answers 503 until {master.connections[task.end_point]} "

@@ -9186,6 +9186,7 @@ class ModelMachine(object):
         self.clock, self.done, self.disconnected = Clock(), [], {}
         self.retries = c2.Retries(mock.Mock(), self.clock)
         self.down, self.rebooted, self.blocked = set(), False, set()
+        self.known_master = None
         self.proxy_fails = self.switch_fails = False
 
     def observe(self, master):
@@ -9209,7 +9210,8 @@ class ModelMachine(object):
         self.retries.begin_round()
         self.retries.done.add(c2.failure_key(c2.Chore.CONFIGURE))
         c2.do_tasks(self.retries, lambda: self.observe(master), self.perform)
-        self.retries.keep(c2.unfinished(self.observe(master)))
+        self.known_master = master or self.known_master
+        self.retries.keep(c2.unfinished(self.observe(master)._replace(master=self.known_master)))
         self.done += [step for step in self.steps if type(step) in c2.ACTIONS.values()]
         return self.steps
 
@@ -9251,7 +9253,9 @@ class ModelMachine(object):
             target = master.deploys[master.connections[action.end_point]]
             self.case.assertNotEqual(state.deploys.get(target.label), target, "cut off for nothing")
             self.case.assertNotIn(target, self.absent, "cut off for what can't be had")
-            self.disconnected[action.end_point] = state.connections[action.end_point]
+            label = state.connections[action.end_point]
+            self.disconnected[action.end_point] = label
+            self.retries.forget(c2.Connect(action.end_point, label))
         if isinstance(action, (c2.Destroy, c2.Replace)):
             gone = getattr(action, "old", action.deploy)
             self.case.assertEqual(state.deploys[gone.label], gone)
@@ -9399,6 +9403,21 @@ class Following(unittest.TestCase):
         machine = ModelMachine(self, c2.State({"a": a}), sick=[a, b])
         self.assertEqual([c2.Replace(a, b), c2.Destroy(a)], machine.round(c2.State({"b": b})))
         self.assertEqual([], machine.round(c2.State({"b": b})))
+
+    def test_what_was_not_ready_before_is_put_back_at_once_too(self):
+        a, new = c2.Deploy("a", "a", 1), c2.Deploy("b", "b", 1)
+        machine = ModelMachine(self, sick=[new], deaf="a")
+        machine.round(c2.State({"a": a}, {"e": "a"}))
+        self.assertEqual([c2.failure_key(c2.Connect("e", "a"))], list(machine.retries.failures))
+        machine.round(c2.State({"b": new}, {"e": "b"}))
+        self.assertIn(c2.Disconnect("e"), machine.steps)
+        self.assertEqual({"e": "a"}, machine.state.connections)
+
+    def test_a_release_is_tried_once_for_several_endpoints(self):
+        a, new = c2.Deploy("a", "old", 1), c2.Deploy("a", "new", 1)
+        ends = {"e": "a", "f": "a"}
+        steps = ModelMachine(self, c2.State({"a": a}, ends)).round(c2.State({"a": new}, ends))
+        self.assertEqual(1, steps.count(c2.TryRelease(new)))
 
     def test_an_endpoint_is_not_switched_back_and_forth(self):
         a, b = c2.Deploy("a", "a", 1), c2.Deploy("b", "b", 2)
@@ -9705,13 +9724,14 @@ class Staying(unittest.TestCase):
             self.assertTrue(usual * 0.75 < pause < usual * 1.25, pauses)
 
     def test_an_end_point_is_put_back_on_sigterm_too(self):
-        a, new = c2.Deploy("a", "old", 1), c2.Deploy("a", "new", 1)
+        a, new = c2.Deploy("a", "old", 1), c2.Deploy("b", "b", 1)
         slave, actions = self.slave(), []
         host = {"state": c2.State({"a": a}, {"e": "a"})}
         slave.host.config.end_points["e"] = None
 
         def apply_connect(_, action, state):
             if isinstance(action, c2.Replace):
+                self.assertEqual({}, slave.retries.failures, "it could not be put back at once")
                 raise c2.Interrupted(15)
             actions.append(action)
             host["state"] = c2.next_state(action, state)
@@ -9728,8 +9748,10 @@ class Staying(unittest.TestCase):
             apply_actions=lambda host, actions, state: apply_connect(host, actions[0], state),
         ):
             slave.retries.done = {c2.failure_key(chore) for chore in c2.Chore}
+            connect = c2.Connect("e", "a")
+            slave.retries.attempt(connect, mock.Mock(side_effect=c2.C2Error("not ready")))
             with self.assertRaises(c2.Interrupted):
-                slave.reconcile(c2.State({"a": new}, {"e": "a"}))
+                slave.reconcile(c2.State({"b": new}, {"e": "b"}))
         self.assertEqual([c2.Disconnect("e"), c2.Connect("e", "a")], actions)
 
     def test_what_the_heartbeat_meets_is_said_and_does_not_end_it(self):
