@@ -11624,6 +11624,8 @@ class Deploying(Faulty):
         self.outcomes = []
         walk("b.zip", "main", prepare=self.rename, back=back)  # with a reload of nginx
         self.assertEqual(({"a": "a.zip", "b": "b.zip"}, {"main": "b"}), self.abstract())
+        for command in [("disconnect", "main"), ("stop", "a"), ("stop", "b")]:
+            self.run_c2(*command)
         self.report(modes, begun)
 
     rename = BlueGreen.rename
