@@ -6351,6 +6351,13 @@ class ProxyWithoutDocker(Proxy):
         self.assertTrue(c2.listening(self.port("deaf")))
         self.assertFalse(os.path.exists(self.path("deploys", "frontend-proxy", "journal.json")))
 
+    def test_stopped_while_it_waits(self):
+        process = self.started_and_waiting()
+        self.assertIn("stopped deaf", self.c2("stop", "deaf").err)
+        self.assertEqual(143, self.finish(process).code)
+        self.assertEqual({}, self.state()["deploys"])
+        self.assertFalse(os.path.exists(self.path("deploys", "deaf")))
+
     def test_killed_while_it_waits(self):
         """The app is no left-over of the start command."""
         process = self.started_and_waiting()
