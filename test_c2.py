@@ -9761,6 +9761,31 @@ class Staying(unittest.TestCase):
                 slave.reconcile(c2.State({"b": new}, {"e": "b"}))
         self.assertEqual([c2.Disconnect("e"), c2.Connect("e", "a")], actions)
 
+    def test_what_is_not_ready_is_connected_only_where_nothing_is_lost(self):
+        deploys = {"a": c2.Deploy("a", "a", 1), "b": c2.Deploy("b", "b", 2)}
+        host = self.slave().host
+        for before, problem, old_ready, applied, error in (
+            ("a", "", True, 1, None),
+            ("a", "deaf", True, 0, "deaf; e stays on a"),
+            ("a", "deaf", False, 1, "deaf, though e is connected to it"),
+            (None, "deaf", True, 1, "deaf, though e is connected to it"),
+            ("b", "deaf", True, 0, "deaf, though e is connected to it"),
+            ("b", "", True, 1, None),
+        ):
+            state = c2.State(deploys, {"e": before} if before else {})
+            with self.subTest(before=before, problem=problem), mock.patch.multiple(
+                c2,
+                readiness_problem=mock.Mock(return_value=problem),
+                ready=mock.Mock(return_value=old_ready),
+                apply_actions=mock.Mock(),
+            ):
+                try:
+                    c2.apply_connect(host, c2.Connect("e", "b"), state)
+                    message = None
+                except c2.C2Error as e:
+                    message = str(e)
+                self.assertEqual((applied, error), (c2.apply_actions.call_count, message))
+
     def test_what_the_heartbeat_meets_is_said_and_does_not_end_it(self):
         clock, log = Clock(), mock.Mock()
         beat = mock.Mock(
