@@ -5173,7 +5173,7 @@ class NoProxyFailures(OneHost):
     def test_hint_of_a_start_in_the_foreground(self):
         self.release("slow.zip", startCommand="sleep 0.5", prestartCommand="sleep 0.5")
         config = c2.load_config(self.path("etc", "camus2.json"))
-        args = mock.Mock(release="slow.zip", deploy=None, lock_wait=5, wait=None)
+        args = mock.Mock(release="slow.zip", deploy=None, lock_wait=5, wait=None, ready=False)
         with mock.patch.object(c2, "HINT_AFTER_SECS", 0.2), contextlib.redirect_stderr(
             io.StringIO()
         ) as said:
