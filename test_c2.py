@@ -11557,7 +11557,8 @@ class Faulty(Sandbox):
             set(served), set(self.served()), "served before, after the next command"
         )
         deploys = self.abstract()[0]
-        if "going on with the start" in ran.err:  # a stop command has failed, which was reported
+        # A stop command has failed, which was reported.
+        if re.search("going on with the start|something may be left running", ran.err):
             for pid in set(self.apps()) - {
                 int(self.read("deploys", name, "pid")) for name in deploys
             }:
