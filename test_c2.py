@@ -11564,7 +11564,7 @@ class Faulty(Sandbox):
             }:
                 os.kill(pid, signal.SIGKILL)
         for name, release in deploys.items():
-            if name in command or release in command:
+            if name in command or release in command or f"; {name} stays" in ran.err:
                 self.run_c2("start", release, name)  # where its stop command has failed
         if command[0] == "restart-frontend-proxy":
             self.run_c2(*command)
