@@ -184,7 +184,7 @@ class Sandbox(unittest.TestCase):
         point.
         """
         env = dict(self.env, **options.pop("env", {}))
-        if options.pop("interpreter", "umask" in options):
+        if options.pop("interpreter", "umask" in options or not self.forks):
             command, begin = (
                 self.command + [sys.executable, self.path("bin", "c2")] + list(args),
                 None,
@@ -216,7 +216,9 @@ class Sandbox(unittest.TestCase):
             for fd in map(int, os.listdir("/dev/fd")):
                 with contextlib.suppress(OSError):  # of the listing itself
                     fd > 2 and os.close(fd)
-            gc.enable()  # which Popen disables
+            if hasattr(gc, "freeze"):  # Python 3.7
+                gc.freeze()  # what the parent has left would close descriptors that are c2's by now
+                gc.enable()  # which Popen disables
             sys.stdin, sys.stdout, sys.stderr = (
                 open(0),
                 like(sys.__stdout__, 1),
@@ -248,6 +250,9 @@ class Sandbox(unittest.TestCase):
             os._exit(code)
 
     command = []  # that goes before a Python of its own
+    forks = (
+        True  # False where threads use TLS: a fork may inherit a lock of OpenSSL's, held for ever
+    )
 
     def enter(self):
         """Go where `command` goes, in a fork."""
@@ -10497,6 +10502,8 @@ def limiting_authority():
 @needs_bed
 class CertificatesServed(Sandbox):
     """With pebble, which validates the challenge through the proxy's port 80."""
+
+    forks = False
 
     GENERATED = {"httpsWithRedirect": "generated"}
 
