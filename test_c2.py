@@ -11566,9 +11566,8 @@ class Faulty(Sandbox):
         deploys = self.abstract()[0]
         # A stop command has failed, which was reported.
         if re.search("going on with the start|something may be left running", ran.err):
-            for pid in set(self.apps()) - {
-                int(self.read("deploys", name, "pid")) for name in deploys
-            }:
+            pids = (c2.read_file(self.path("deploys", name, "pid")) for name in deploys)
+            for pid in set(self.apps()) - {int(pid) for pid in pids if pid}:
                 os.kill(pid, signal.SIGKILL)
         for name, release in deploys.items():
             if name in command or release in command or f"; {name} stays" in ran.err:
